@@ -1,0 +1,268 @@
+"""Schema of `registry.yaml`: what an entry may say, and what it means.
+
+Paths in an entry are resolved against the folder of its file when they are read. An entry knows the file and line that
+it comes from, so that every later message can point there.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from clipbench.errors import UsageError, nearest
+from clipbench.registry.sources import Source, WeightsKind, parse_source
+
+VERSION = 1
+
+Layout = Literal["ade20k", "voc2012", "coco", "nyuv2", "imagenet", "places365", "flickr30k", "webdataset", "toyworld"]
+ExpertTask = Literal["segmentation", "depth", "normals"]
+ResizeMode = Literal["crop", "squash", "longest"]
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+
+# A name is typed on a command line and stands in file names of records, hence no ":" (a source), "/" or white space.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*", re.ASCII)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name an entry.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot be a name",
+            "A name is made of letters, digits and . _ + - and starts with a letter or digit, as in clip-vitb16-mine.",
+        )
+    return name
+
+
+def _one_of(choices: tuple[str, ...]) -> BeforeValidator:
+    """Like pydantic's Literal, with the nearest valid values in the message."""
+
+    def check(value: Any) -> Any:
+        if value in choices:
+            return value
+        close = nearest(str(value), choices)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(choices)}"
+        raise PydanticCustomError("one_of", "{text}", {"text": f"is unknown: {value!r}; {hint}"})
+
+    return BeforeValidator(check)
+
+
+def _local_path(value: Path, info: ValidationInfo) -> Path:
+    """Resolve `~` and, when the context says where the file lies, a relative path."""
+    base = (info.context or {}).get("base")
+    value = value.expanduser()
+    return base / value if base is not None else value
+
+
+def _not_blank(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise PydanticCustomError("blank", "is empty")
+    return value
+
+
+def _check_source(value: str, info: ValidationInfo) -> str:
+    try:
+        source = parse_source(value)
+    except UsageError as error:
+        hint = error.hint[:1].lower() + error.hint[1:]
+        text = f"is not a source: {error.message}; {hint}".rstrip("; .")
+        raise PydanticCustomError("source", "{text}", {"text": text}) from error
+    if source.kind == "ckpt":
+        return str(Source("ckpt", str(_local_path(Path(source.name), info)), architecture=source.architecture))
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_not_blank)]
+LocalPath = Annotated[Path, AfterValidator(_local_path), BeforeValidator(_not_blank)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputOverride(_Strict):
+    """Replaces parts of a backbone's own input declaration; what is left out stays as the checkpoint says.
+
+    Attributes:
+        mean, std: Per-channel RGB statistics for images in [0, 1].
+        size: (height, width) in pixels; one number in the file stands for a square.
+        resize_mode: How a whole image becomes `size`: crop, squash or longest.
+        interpolation: bicubic, bilinear or nearest.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[_Positive, _Positive, _Positive] | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    resize_mode: Annotated[ResizeMode, _one_of(get_args(ResizeMode))] | None = None
+    interpolation: Annotated[Interpolation, _one_of(get_args(Interpolation))] | None = None
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+
+class Entry(_Strict):
+    """What all kinds of entries share.
+
+    Attributes:
+        name: Its key in the file, or the source string for one made on the fly.
+        description: One line for people.
+        url: Page of the weights, paper or data.
+        license: Licence of the weights or data, not of the code; None where it is not known.
+        file, line: Where it is defined; None for one made on the fly.
+    """
+
+    # Set by the loader; not keys of the file.
+    loader_fields: ClassVar[frozenset[str]] = frozenset({"name", "file", "line"})
+
+    name: str
+    description: str = ""
+    url: Text | None = None
+    license: Text | None = None
+    file: Path | None = None
+    line: int | None = None
+
+    @classmethod
+    def file_keys(cls) -> list[str]:
+        """Keys that an entry of this kind may have in the file."""
+        return [key for key in cls.model_fields if key not in cls.loader_fields]
+
+    @property
+    def origin(self) -> str:
+        """ "registry.yaml:12", or "made from the source" for an entry that no file holds."""
+        return f"{self.file}:{self.line}" if self.file else "made from the source"
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON types of all fields that are set, in the order of the schema."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class BackboneEntry(Entry):
+    """A backbone by name.
+
+    Attributes:
+        source: See `clipbench.registry.sources`. `timm:` without tag and `openclip:` without tag mean random weights.
+        checkpoint: Own weights, loaded on the architecture of `source` in place of whatever it stands for.
+        floor: Random weights, there to be beaten; marked in the leaderboard.
+        input: Overrides of the input declaration.
+        requires: Why the entry cannot be loaded before its checkpoint exists; see `check_ready`.
+    """
+
+    source: Annotated[str, AfterValidator(_check_source)]
+    checkpoint: LocalPath | None = None
+    floor: bool = False
+    input: InputOverride | None = None
+    requires: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_file_of_weights(self) -> BackboneEntry:
+        if self.checkpoint is not None and self.parsed.kind == "ckpt":
+            text = "names two files of weights, in 'checkpoint' and in its ckpt: source"
+            raise PydanticCustomError("whole", "{text}", {"text": text})
+        return self
+
+    @property
+    def parsed(self) -> Source:
+        """`source`, taken apart."""
+        return parse_source(self.source)
+
+    @property
+    def weights_kind(self) -> WeightsKind:
+        """Kind of weights it stands for, without asking any library."""
+        return "checkpoint" if self.checkpoint else self.parsed.weights
+
+    @property
+    def ready(self) -> bool:
+        """False while `requires` is set and the checkpoint is not there."""
+        return self.requires is None or (self.checkpoint is not None and self.checkpoint.is_file())
+
+    def check_ready(self) -> None:
+        """Refuse an entry that stands for weights which somebody has to make first.
+
+        Raises:
+            UsageError: It is not `ready`.
+        """
+        if self.ready:
+            return
+        looked = f" (looked for {self.checkpoint})" if self.checkpoint else ""
+        raise UsageError(
+            f"backbone '{self.name}' cannot be loaded yet{looked}: {self.requires}",
+            "With a checkpoint at hand:\n"
+            f"  clipbench register {self.name} --source {self.source} --checkpoint FILE --replace",
+        )
+
+
+class DatasetEntry(Entry):
+    """A data set by name.
+
+    Attributes:
+        layout: Its official layout on disk, which decides the reader.
+        root: Its folder; None to find it by `folder`, see `clipbench.data.resolve_root`.
+        folder: Its usual folder below a common data folder; None for the layout's own.
+        get: How to get it, where a page is not enough (a command to type).
+    """
+
+    layout: Annotated[Layout, _one_of(get_args(Layout))]
+    root: LocalPath | None = None
+    folder: Text | None = None
+    get: Text | None = None
+
+
+class ExpertEntry(Entry):
+    """A pseudo-label source by name.
+
+    Attributes:
+        task: What it predicts.
+        source: Library and model, `LIBRARY:NAME`.
+        checkpoint: Own weights for it.
+    """
+
+    task: Annotated[ExpertTask, _one_of(get_args(ExpertTask))]
+    source: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*:\S+$")]
+    checkpoint: LocalPath | None = None
+
+
+class SuiteEntry(Entry):
+    """A set of tasks that are run and reported together.
+
+    Attributes:
+        tasks: Names of tasks, in the order of the report.
+    """
+
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        if twice:
+            raise PydanticCustomError("unique", "{text}", {"text": f"names {', '.join(twice)} more than once"})
+        return tasks
+
+
+# Section of the file → kind of entry. The order is that of the file and of messages.
+SECTIONS: dict[str, type[Entry]] = {
+    "backbones": BackboneEntry,
+    "datasets": DatasetEntry,
+    "experts": ExpertEntry,
+    "suites": SuiteEntry,
+}

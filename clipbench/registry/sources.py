@@ -1,0 +1,109 @@
+"""Source strings: where a backbone comes from, in one line of text.
+
+    timm:NAME[.TAG]         an image model of timm; no tag: the architecture with random weights
+    openclip:ARCH[/TAG]     a two-tower model of open_clip; no tag: random weights
+    hf:REPO[@REVISION]      a vision model of transformers: `owner/name` on the Hub, or a folder (`./…`, `/…`, `~…`)
+    ckpt:PATH[@SOURCE]      own weights, on the architecture of another source (`ckpt:my.pt@timm:vit_base_patch16_224`)
+    python:MODULE:FACTORY   own code: `FACTORY()` of an importable module returns the backbone
+
+Only the syntax is checked here, without importing any of these libraries. Whether the model exists is for
+`clipbench.backbones.check_source` to say.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from clipbench.errors import UnknownNameError, UsageError
+
+SourceKind = Literal["timm", "openclip", "hf", "ckpt", "python"]
+WeightsKind = Literal["pretrained", "checkpoint", "random", "own code"]
+
+# What each kind looks like, for error messages and for `--help`.
+SYNTAX: dict[str, str] = {
+    "timm": "timm:NAME or timm:NAME.TAG, as in timm:vit_base_patch14_dinov2.lvd142m",
+    "openclip": "openclip:ARCH or openclip:ARCH/TAG, as in openclip:ViT-B-16/laion2b_s34b_b88k",
+    "hf": "hf:OWNER/NAME or hf:FOLDER, as in hf:facebook/dinov2-base",
+    "ckpt": "ckpt:PATH or ckpt:PATH@SOURCE, as in ckpt:runs/last.safetensors@timm:vit_base_patch16_224",
+    "python": "python:MODULE:FACTORY, as in python:my_models.vit:build",
+}
+
+_PATTERNS = {
+    "timm": re.compile(r"(?P<name>\w+)(\.(?P<tag>\w+))?", re.ASCII),
+    "openclip": re.compile(r"(?P<name>[\w.-]+)(/(?P<tag>[\w.-]+))?", re.ASCII),
+    "hf": re.compile(r"(?P<name>[./~][^@\n]*|[\w.-]+(/[\w.-]+)?)(@(?P<tag>[\w./-]+))?", re.ASCII),
+    "python": re.compile(r"(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<tag>[^\W\d]\w*)"),
+}
+# The architecture behind a checkpoint starts at the last "@" that a source prefix follows; a path may hold other "@".
+_ARCHITECTURE = re.compile(r"@(?=(timm|openclip|hf|python):)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source string, taken apart.
+
+    Attributes:
+        kind: The prefix.
+        name: timm or open_clip architecture, Hub repository or folder, checkpoint path, Python module.
+        tag: timm or open_clip weights tag, Hub revision, Python factory; None where there is none.
+        architecture: For `ckpt`: the source whose architecture the weights belong to, None when the file itself says.
+    """
+
+    kind: SourceKind
+    name: str
+    tag: str | None = None
+    architecture: Source | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "ckpt":
+            return f"ckpt:{self.name}" + (f"@{self.architecture}" if self.architecture else "")
+        separator = {"timm": ".", "openclip": "/", "hf": "@", "python": ":"}[self.kind]
+        return f"{self.kind}:{self.name}" + (f"{separator}{self.tag}" if self.tag else "")
+
+    @property
+    def weights(self) -> WeightsKind:
+        """What kind of weights this source alone stands for (a `checkpoint:` of the entry takes their place)."""
+        if self.kind == "ckpt":
+            return "checkpoint"
+        if self.kind == "python":
+            return "own code"
+        return "random" if self.kind in ("timm", "openclip") and self.tag is None else "pretrained"
+
+
+def parse_source(text: str) -> Source:
+    """Take a source string apart.
+
+    Raises:
+        UnknownNameError: The prefix is none of the five; the nearest are given.
+        UsageError: The rest does not fit the prefix, or there is no prefix at all.
+    """
+    prefix, colon, rest = text.partition(":")
+    if not colon:
+        known = ", ".join(f"{kind}:" for kind in SYNTAX)
+        raise UsageError(f"source '{text}' has no prefix", f"A source starts with one of {known} as in timm:{text}")
+    if prefix not in SYNTAX:
+        raise UnknownNameError("source prefix", prefix, SYNTAX)
+    if prefix == "ckpt":
+        return _parse_checkpoint(text, rest)
+    match = _PATTERNS[prefix].fullmatch(rest)
+    if match is None:
+        raise _malformed(text, prefix)
+    return Source(prefix, match["name"], match["tag"])  # type: ignore[arg-type]
+
+
+def _parse_checkpoint(text: str, rest: str) -> Source:
+    starts = [match.start() for match in _ARCHITECTURE.finditer(rest)]
+    if not starts:
+        if not rest.strip():
+            raise _malformed(text, "ckpt")
+        return Source("ckpt", rest)
+    path, architecture = rest[: starts[-1]], rest[starts[-1] + 1 :]
+    if not path.strip():
+        raise _malformed(text, "ckpt")
+    return Source("ckpt", path, architecture=parse_source(architecture))
+
+
+def _malformed(text: str, prefix: str) -> UsageError:
+    return UsageError(f"source '{text}' is malformed", f"Expected {SYNTAX[prefix]}.")
