@@ -1,0 +1,43 @@
+"""The probing engine: recipe + backbone + data → heads trained in one backbone pass → records.
+
+`probe(request)` is the way in. Modules below that import OpenMMLab do so at their top; `probe` prepares it first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipbench.probing.pictures import PredictionSheet
+    from clipbench.probing.plan import ProbeRequest
+    from clipbench.probing.screen import Screen
+    from clipbench.results import Record
+
+
+def probe(request: ProbeRequest, screen: Screen | None = None, sheet: PredictionSheet | None = None) -> list[Record]:
+    """Train and score heads on a backbone, and write records and leaderboard.
+
+    Args:
+        request: What to run.
+        screen: Where progress goes; None for nowhere.
+        sheet: Also collects the predictions, to put several runs on one picture.
+
+    Returns:
+        One record a head, in the order of the request; empty in processes other than the first.
+
+    Raises:
+        UsageError: The request is wrong; nothing was loaded.
+        ClipbenchError: Data, weights or training failed in a way that the message explains.
+    """
+    from clipbench.probing.plan import resolve
+    from clipbench.probing.screen import Screen
+
+    plan = resolve(request)
+
+    from clipbench import mmlab
+
+    mmlab.setup()
+
+    from clipbench.probing.run import execute
+
+    return execute(plan, screen or Screen(silent=True), sheet)

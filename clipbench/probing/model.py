@@ -1,0 +1,165 @@
+"""The model that mmengine's Runner trains: one feature source, many heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from torch import Tensor, nn
+
+from clipbench.backbones.base import Features
+from clipbench.data.stream import stable_seed
+from clipbench.probing.features import Images, LiveFeatures
+
+LossFunction = Callable[[nn.Module, Features, Any], Tensor]
+
+NOT_DIVERGED = -1
+
+
+class SweepModel(BaseModel):
+    """Trains several heads on one backbone pass, each exactly as it would be trained alone.
+
+    Each head has its own parameters, optimiser and clipping, and draws its random numbers (initialisation, dropout)
+    from a generator of its own, so that no head can notice the others. A head whose loss is not finite is marked as
+    diverged and takes no further part in anything.
+
+    Args:
+        features: Where features come from.
+        heads: Heads by trial key; a key holds no dot.
+        preprocess: Turns a collated batch into (`Images`, targets) on the right device.
+        loss: (head, features, targets) → scalar.
+        seed: Of the run.
+        precision: "fp32" or "bf16" (autocast around backbone and heads; parameters stay fp32).
+        log_interval: Steps between reads of losses from the device; each read makes the host wait for it.
+    """
+
+    def __init__(
+        self,
+        features: LiveFeatures,
+        heads: Mapping[str, nn.Module],
+        preprocess: nn.Module,
+        loss: LossFunction,
+        seed: int,
+        precision: str = "fp32",
+        log_interval: int = 50,
+    ) -> None:
+        super().__init__(data_preprocessor=preprocess)
+        self.features = features
+        self.heads = nn.ModuleDict(heads)
+        self._loss = loss
+        self._seed = seed
+        self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._precision = precision
+        self._log_interval = log_interval
+        self.step = 0  # steps done; the training loop sets it after a resume
+        self._alive: list[str] | None = None  # as of the last logging step
+        # First step at which each head's loss was not finite. On the device, so that noticing costs no synchronisation.
+        self.register_buffer("diverged_at", torch.full((len(self.heads),), NOT_DIVERGED, dtype=torch.int64))
+        self.diverged_at: Tensor
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> dict[str, Tensor]:
+        """One step of every head that has not diverged.
+
+        Returns:
+            The loss of each head at logging steps, else an empty dict (mmengine reads every value it is given).
+        """
+        self.step += 1
+        images, targets = self.data_preprocessor(data, training=True)
+        if self._alive is None or self._is_logging_step():
+            self._alive = self.alive()
+        logs: dict[str, Tensor] = {}
+        with self._random_numbers("backbone"), self.autocast(images.pixels.device.type):
+            features = self.features(images)
+        for place, (key, head) in enumerate(self.heads.items()):
+            if key not in self._alive:
+                continue
+            with self._random_numbers(key), self.autocast(images.pixels.device.type):
+                loss = self._loss(head, features, targets)
+            self._note_divergence(place, loss)
+            optim_wrapper[key].update_params(loss)
+            if self._is_logging_step():
+                logs[f"{key}/loss"] = loss.detach()
+        return logs
+
+    def alive(self) -> list[str]:
+        """Keys of the heads whose loss has been finite so far. Waits for the device."""
+        diverged = self.diverged_at.tolist()
+        return [key for key, step in zip(self.heads, diverged, strict=True) if step == NOT_DIVERGED]
+
+    def divergence(self) -> dict[str, int]:
+        """The step at which each diverged head's loss stopped being finite."""
+        diverged = self.diverged_at.tolist()
+        return {key: step for key, step in zip(self.heads, diverged, strict=True) if step != NOT_DIVERGED}
+
+    def autocast(self, device_type: str) -> torch.autocast:
+        """The precision's context."""
+        return torch.autocast(device_type, dtype=torch.bfloat16, enabled=self._precision == "bf16")
+
+    def forward(self, inputs: Images, data_samples: Any = None, mode: str = "tensor") -> Any:
+        """Logits of every head; mmengine asks for this method, the engine does not use it."""
+        features = self.features(inputs)
+        return {key: head(features.maps) for key, head in self.heads.items()}
+
+    def init_weights(self) -> None:
+        """Nothing: heads are initialised where they are built, each from its own generator."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without the backbone where it is frozen: a checkpoint holds what training changed."""
+        state = super().state_dict(*args, **kwargs)
+        if self.features.frozen:
+            prefix = kwargs.get("prefix", "") + "features."
+            state = type(state)((key, value) for key, value in state.items() if not key.startswith(prefix))
+        return state
+
+    def _is_logging_step(self) -> bool:
+        return self.step % self._log_interval == 0 or self.step == 1
+
+    def _note_divergence(self, place: int, loss: Tensor) -> None:
+        finite = torch.isfinite(loss.detach())
+        if torch.distributed.is_initialized():  # all processes must agree on who trains on
+            finite = finite.to(torch.uint8)
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+            finite = finite.bool()
+        first = self.diverged_at[place]
+        step = torch.full_like(first, self.step)
+        self.diverged_at[place] = torch.where((first == NOT_DIVERGED) & ~finite, step, first)
+
+    @contextmanager
+    def _random_numbers(self, key: str) -> Iterator[None]:
+        """Random numbers that depend on (seed, step, process, key) only."""
+        devices = [torch.cuda.current_device()] if self.diverged_at.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(stable_seed(self._seed, "step", self.step, self._rank, key))
+            yield
+
+
+class SweepOptimWrapper(OptimWrapper):
+    """mmengine's wrapper for one head among many.
+
+    Averages gradients over processes before clipping, and does not read the gradient norm back from the device.
+    """
+
+    def step(self, **kwargs: Any) -> None:
+        """Average gradients over processes, clip, step."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            self._average_gradients()
+        super().step(**kwargs)
+
+    def _clip_grad(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if parameters:
+            self.clip_func(parameters, **self.clip_grad_kwargs)
+
+    def _average_gradients(self) -> None:
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        offset = 0
+        for gradient in gradients:
+            gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+            offset += gradient.numel()

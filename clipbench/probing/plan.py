@@ -1,0 +1,320 @@
+"""From what was asked to what will be run; every name and value is checked here, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.probing.recipes import METRICS, REQUIRED, RecipeInfo, find_recipe, load_recipe, protocol_of
+from clipbench.registry import BackboneEntry, Registry, load_registry
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+Mode = Literal["frozen", "finetune"]
+PRECISIONS = ("fp32", "bf16")
+MODES = ("frozen", "finetune")
+EVALUATIONS = ("slide", "whole")
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """One `clipbench probe`.
+
+    Attributes:
+        backbone: Alias or source.
+        task: Name of a recipe.
+        heads: Names of heads in the recipe; None for all.
+        lrs: Learning rates to try; None for the recipe's.
+        mode: "frozen" or "finetune".
+        data_root: Folder of the data set; None for the registry's.
+        steps, batch_size, image_size, evaluation: Override the recipe's where not None.
+        seed: Decides initialisation, order and augmentation.
+        precision: "fp32" or "bf16".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        overrides: `--set` values by dotted name.
+        results: Folder for records, leaderboard, runs.
+        resume: Go on with the last unfinished run of this very request.
+        skip_corrupt: Leave unreadable files out instead of stopping.
+        registry: An extra registry file.
+        nproc: Processes on this machine.
+        command: What the user typed, for the record; made up from the request where empty.
+    """
+
+    backbone: str
+    task: str
+    heads: tuple[str, ...] | None = None
+    lrs: tuple[float, ...] | None = None
+    mode: Mode = "frozen"
+    data_root: Path | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    image_size: int | None = None
+    evaluation: str | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    device: str = "auto"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    results: Path = Path("results")
+    resume: bool = False
+    skip_corrupt: bool = False
+    registry: Path | None = None
+    nproc: int = 1
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head at one learning rate."""
+
+    head: str
+    lr: float
+
+    @property
+    def key(self) -> str:
+        """Names the trial in module and optimiser dictionaries, which allow no dots."""
+        return f"{self.head}@{self.lr!r}".replace(".", "_")
+
+    @property
+    def label(self) -> str:
+        """For people: "pspnet, lr 0.003"."""
+        return f"{self.head}, lr {self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything decided, nothing started.
+
+    Attributes:
+        request: What was asked.
+        recipe: Which recipe.
+        config: The resolved recipe.
+        backbone: The resolved registry entry.
+        heads, lrs: What is trained: each head at each rate.
+        root: Folder of the data set.
+        world_size: Processes that share a step.
+    """
+
+    request: ProbeRequest
+    recipe: RecipeInfo
+    config: Config
+    registry: Registry
+    backbone: BackboneEntry
+    heads: tuple[str, ...]
+    lrs: tuple[float, ...]
+    root: Path
+    world_size: int
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All head × rate combinations."""
+        return [Trial(head, lr) for head in self.heads for lr in self.lrs]
+
+    @property
+    def passes(self) -> list[list[Trial]]:
+        """Trials that share a backbone pass. A backbone that is being trained cannot be shared."""
+        return [self.trials] if self.request.mode == "frozen" else [[trial] for trial in self.trials]
+
+    @property
+    def metric(self) -> tuple[str, Literal["up", "down"]]:
+        """Name and direction ("up" or "down") of the main metric."""
+        return METRICS[self.recipe.family]
+
+    def protocol(self, head: str) -> dict[str, Any]:
+        """What can change the score of one head, as plain JSON types: the protocol of its record."""
+        protocol = {key: value for key, value in protocol_of(self.config).items() if key in REQUIRED}
+        protocol["lrs"] = list(self.lrs)
+        protocol["head"] = protocol.pop("heads")[head]
+        if self.request.mode == "frozen":
+            del protocol["finetune"]
+        if protocol["evaluation"]["mode"] == "whole":
+            protocol["evaluation"] = {"mode": "whole"}
+        if self.request.skip_corrupt:
+            protocol["skip_corrupt"] = True
+        return protocol
+
+    @property
+    def run_hash(self) -> str:
+        """Twelve hex digits that name this very request: `--resume` goes on with a run that has the same."""
+        identity = {
+            "backbone": self.backbone.source,
+            "checkpoint": str(self.backbone.checkpoint or ""),
+            "input": self.backbone.input.model_dump(mode="json") if self.backbone.input else None,
+            "task": self.recipe.name,
+            "heads": {head: self.protocol(head) for head in self.heads},
+            "mode": self.request.mode,
+            "precision": self.request.precision,
+            "seed": self.request.seed,
+            "root": str(self.root.resolve()),
+            "world_size": self.world_size,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def command(self) -> str:
+        """A shell command that repeats the run."""
+        if self.request.command:
+            return self.request.command
+        request = self.request
+        words = ["clipbench", "probe", "--backbone", request.backbone, "--task", request.task]
+        words += ["--head", ",".join(self.heads), "--lr", ",".join(f"{lr:g}" for lr in self.lrs)]
+        words += ["--mode", request.mode, "--seed", str(request.seed), "--precision", request.precision]
+        for flag, value in (
+            ("--steps", request.steps),
+            ("--batch-size", request.batch_size),
+            ("--image-size", request.image_size),
+            ("--eval", request.evaluation),
+            ("--data-root", request.data_root),
+            ("--registry", request.registry),
+        ):
+            if value is not None:
+                words += [flag, str(value)]
+        for key, value in request.overrides.items():
+            words += ["--set", f"{key}={value!r}"]
+        if request.skip_corrupt:
+            words.append("--skip-corrupt")
+        if request.nproc > 1:
+            words += ["--nproc", str(request.nproc)]
+        return shlex.join(words)
+
+
+def resolve(request: ProbeRequest) -> Plan:
+    """Check a request and work out what it means.
+
+    Raises:
+        UsageError, UnknownNameError: A name or value is wrong (exit status 2); nothing was loaded yet.
+        ClipbenchError: The data set is missing or incomplete.
+    """
+    recipe = find_recipe(request.task)
+    heads = request.heads or recipe.heads
+    for head in heads:
+        if head not in recipe.heads:
+            raise UnknownNameError("head", head, recipe.heads, see=f"clipbench show {recipe.name}")
+    _check_choice("--mode", request.mode, MODES)
+    _check_choice("--precision", request.precision, PRECISIONS)
+    if request.evaluation is not None:
+        _check_choice("--eval", request.evaluation, EVALUATIONS)
+    _check_no_repeats("--head", heads)
+    if request.nproc < 1:
+        raise UsageError(f"--nproc must be at least 1, got {request.nproc}")
+
+    registry = load_registry(request.registry)
+    backbone = registry.backbone(request.backbone)
+
+    from clipbench.backbones import check_source  # timm's list of models takes a second
+
+    check_source(backbone)
+    config = load_recipe(recipe, _overrides(request))
+    lrs = tuple(float(lr) for lr in config.lrs)
+    _check_values(config, lrs)
+    world_size = int(os.environ.get("WORLD_SIZE", request.nproc))
+    _check_batch(config, world_size)
+
+    from clipbench.data import require_layout, resolve_root
+    from clipbench.data.roots import get_hint
+
+    entry = registry.dataset(recipe.dataset)
+    root = resolve_root(entry, request.data_root)
+    require_layout(entry.layout, root, get_hint(entry))
+    return Plan(request, recipe, config, registry, backbone, tuple(heads), lrs, root.resolve(), world_size)
+
+
+def _overrides(request: ProbeRequest) -> dict[str, Any]:
+    flags = {
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "image_size": request.image_size,
+        "lrs": list(request.lrs) if request.lrs else None,
+        "evaluation.mode": request.evaluation,
+    }
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    twice = sorted(set(overrides) & set(request.overrides))
+    if twice:
+        raise UsageError(f"{', '.join(twice)} given both by a flag and by --set", "Keep one of the two.")
+    return {**overrides, **request.overrides}
+
+
+def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UnknownNameError(f"value for {flag}", value, choices)
+
+
+def _check_no_repeats(flag: str, values: Sequence[Any]) -> None:
+    repeated = sorted({str(value) for value in values if list(values).count(value) > 1})
+    if repeated:
+        raise UsageError(f"{flag} names {', '.join(repeated)} more than once")
+
+
+def _check_values(config: Config, lrs: Sequence[float]) -> None:
+    """All values out of range, at once."""
+    problems = []
+    for name in ("image_size", "steps", "batch_size"):
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
+            problems.append(f"{name} must be a whole number of at least 1, got {config[name]!r}")
+    if not lrs or any(not (lr > 0 and math.isfinite(lr)) for lr in lrs):
+        problems.append(f"learning rates must be positive, got {list(lrs)}")
+    if len(set(lrs)) < len(lrs):
+        problems.append(f"a learning rate is named more than once: {list(lrs)}")
+    if config.lr_schedule not in ("poly", "cosine"):
+        problems.append(f"lr_schedule must be 'poly' or 'cosine', got {config.lr_schedule!r}")
+    if isinstance(config.steps, int) and not 0 <= config.warmup_steps < max(config.steps, 1):
+        problems.append(f"warmup_steps must be in [0, steps), got {config.warmup_steps} of {config.steps}")
+    if config.clip_grad is not None and not config.clip_grad > 0:
+        problems.append(f"clip_grad must be positive or None, got {config.clip_grad}")
+    if not 0 <= config.holdout["fraction"] < 1:
+        problems.append(f"holdout.fraction must be in [0, 1), got {config.holdout['fraction']}")
+    if config.holdout["fraction"] == 0 and len(lrs) > 1:
+        problems.append("several learning rates need held-out images to choose by, but holdout.fraction is 0")
+    if config.evaluation["mode"] not in EVALUATIONS:
+        problems.append(f"evaluation.mode must be one of {', '.join(EVALUATIONS)}, got {config.evaluation['mode']!r}")
+    elif not 0 < config.evaluation["stride"] <= config.evaluation["window"]:
+        problems.append("evaluation.stride must be in (0, window], or pixels between windows are never seen")
+    if problems:
+        raise UsageError("the settings do not work:\n  " + "\n  ".join(problems), "Change them with flags or --set.")
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    if config.batch_size % world_size:
+        raise UsageError(
+            f"batch size {config.batch_size} cannot be shared evenly by {world_size} processes",
+            f"Choose a multiple of {world_size} with --batch-size.",
+        )
+    if config.batch_size // world_size < 2:
+        raise UsageError(
+            f"batch size {config.batch_size} leaves one image a process; batch norm in the heads needs at least two",
+            f"Use --batch-size {2 * world_size} or more.",
+        )
+
+
+def find_run(plan: Plan) -> tuple[Path, bool]:
+    """The folder to run in, and whether an unfinished run of this very request lies in it.
+
+    Without `resume`, or where there is nothing to resume, a new folder: nothing that was computed is overwritten.
+
+    Raises:
+        ClipbenchError: The folder cannot be made.
+    """
+    from clipbench.results.record import slug
+
+    parent = plan.request.results / "runs" / slug(plan.recipe.name) / slug(plan.request.backbone)
+    existing = sorted(parent.glob(f"{plan.run_hash}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    unfinished = [path for path in existing if not (path / "finished").exists()]
+    if plan.request.resume and unfinished:
+        return unfinished[-1], True
+    number = int(existing[-1].name.rpartition("-")[2]) + 1 if existing else 1
+    path = parent / f"{plan.run_hash}-{number}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClipbenchError(
+            f"cannot make {path}: {error.strerror}", "Choose another folder with --results."
+        ) from error
+    return path, False

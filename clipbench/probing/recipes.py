@@ -1,0 +1,253 @@
+"""Recipes: one OpenMMLab config a task, in `probes/`, that people open, copy and edit.
+
+A recipe is an ordinary mmengine config file (Python). Its top-level names are its **knobs**; values that follow from a
+knob are written as expressions of it (`crop_size=(image_size, image_size)`). An override such as `--image-size 128`
+replaces the assignment *before* the file is executed, so that whatever follows from it follows. Overrides of nested
+values (`--set heads.linear.dropout_ratio=0`) are merged afterwards, as mmengine does it.
+
+`./probes/` in the working directory wins over the packaged recipes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.paths import shipped
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+# Every top-level name that the engine reads; a recipe must have the required ones and may add names of its own for use
+# in its expressions. `runtime` holds what never changes a score and stays out of the fingerprint.
+REQUIRED = (
+    "family",
+    "dataset",
+    "image_size",
+    "steps",
+    "batch_size",
+    "lrs",
+    "holdout",
+    "optimizer",
+    "lr_schedule",
+    "warmup_steps",
+    "clip_grad",
+    "layer",
+    "output_stride",
+    "heads",
+    "train_data",
+    "val_data",
+    "train_pipeline",
+    "test_pipeline",
+    "evaluation",
+    "finetune",
+    "runtime",
+)
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What can be said of a recipe without executing it.
+
+    Attributes:
+        name: The task's name, which is the file's name.
+        summary: First line of the file's docstring.
+        header: The whole docstring.
+        family: "segmentation", …
+        dataset: Name of the data set in the registry.
+        metric: The main metric's name.
+        heads: Names of the heads.
+        path: The file.
+    """
+
+    name: str
+    summary: str
+    header: str
+    family: str
+    dataset: str
+    metric: str
+    heads: tuple[str, ...]
+    path: Path
+
+
+# The main metric follows from the family; higher is better for "up".
+METRICS: dict[str, tuple[str, Literal["up", "down"]]] = {"segmentation": ("mIoU", "up")}
+
+
+def catalogue() -> list[RecipeInfo]:
+    """All recipes in force, sorted by name. Reads the files without executing them; imports nothing heavy.
+
+    Raises:
+        ClipbenchError: A recipe is not valid Python or lacks required names; all such files at once.
+    """
+    found: dict[str, Path] = {}
+    for folder in (shipped("probes"), Path.cwd() / "probes"):
+        if folder.is_dir():
+            found |= {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.py"))}
+    infos, problems = [], []
+    for name in sorted(found):
+        try:
+            infos.append(_read_info(name, found[name]))
+        except (SyntaxError, ValueError) as error:
+            problems.append(f"{found[name]}: {error}")
+    if problems:
+        raise ClipbenchError("some recipes cannot be read:\n  " + "\n  ".join(problems))
+    return infos
+
+
+def find_recipe(task: str) -> RecipeInfo:
+    """The recipe of a task.
+
+    Raises:
+        UnknownNameError: There is none; the nearest names are given.
+    """
+    recipes = {info.name: info for info in catalogue()}
+    if task not in recipes:
+        raise UnknownNameError("task", task, recipes, see="clipbench list tasks")
+    return recipes[task]
+
+
+def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any]) -> Config:
+    """Execute a recipe with overrides.
+
+    Args:
+        info: From `find_recipe`.
+        overrides: Values by dotted name. A top-level name replaces its assignment before the file runs, so that values
+            derived from it follow; a dotted one is set afterwards.
+
+    Raises:
+        UnknownNameError: An override names nothing in the recipe.
+        UsageError: An override's value does not fit.
+    """
+    from mmengine.config import Config
+
+    tree = ast.parse(info.path.read_text(encoding="utf-8"), filename=str(info.path))
+    assigned = _assignments(tree)
+    for key, value in overrides.items():
+        if key in assigned:
+            assigned[key].value = ast.parse(repr(value), mode="eval").body
+    _absolute_bases(assigned, info.path.parent)
+    try:
+        config = Config.fromstring(ast.unparse(ast.fix_missing_locations(tree)), file_format=".py")
+    except (ArithmeticError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise UsageError(
+            f"recipe {info.path} cannot be evaluated with these settings: {error}",
+            f"Overrides in force: {dict(overrides) or 'none'}",
+        ) from error
+
+    known = sorted(_dotted_names(config))
+    for key, value in overrides.items():
+        if key not in known:
+            raise UnknownNameError("key in --set", key, known, see=f"the recipe, {info.path}")
+        if key not in assigned:
+            config.merge_from_dict({key: value}, allow_list_keys=True)
+    return config
+
+
+def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["steps=60", "heads.linear.dropout_ratio=0"]` → values by name; values are Python literals, else plain strings.
+
+    Raises:
+        UsageError: An item has no `=` or no key; all such items at once.
+    """
+    values: dict[str, Any] = {}
+    bad = []
+    for item in assignments:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            bad.append(item)
+            continue
+        try:
+            values[key.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            values[key.strip()] = text.strip()
+    if bad:
+        raise UsageError(f"--set takes key=value, got {', '.join(map(repr, bad))}", "Example: --set steps=2000")
+    return values
+
+
+def protocol_of(config: Config) -> dict[str, Any]:
+    """Everything in a recipe that can change a score, as plain JSON types."""
+    plain = {key: value for key, value in config.to_dict().items() if key != "runtime"}
+    return _jsonable(plain)
+
+
+def _read_info(name: str, path: Path) -> RecipeInfo:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    header = ast.get_docstring(tree) or ""
+    assigned = _assignments(tree)
+    missing = [key for key in REQUIRED if key not in assigned and "_base_" not in assigned]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    family = _literal(assigned, "family", "")
+    if family not in METRICS:
+        raise ValueError(f"family must be one of {', '.join(METRICS)}, got {family!r}")
+    return RecipeInfo(
+        name=name,
+        summary=header.splitlines()[0].rstrip(".") if header else "",
+        header=header,
+        family=family,
+        dataset=_literal(assigned, "dataset", ""),
+        metric=METRICS[family][0],
+        heads=tuple(_dict_keys(assigned["heads"].value)) if "heads" in assigned else (),
+        path=path,
+    )
+
+
+def _assignments(tree: ast.Module) -> dict[str, ast.Assign]:
+    """Top-level `name = value` statements by name; the last one of a name counts, as in execution."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    return found
+
+
+def _absolute_bases(assigned: Mapping[str, ast.Assign], folder: Path) -> None:
+    """mmengine resolves `_base_` against the file's folder; the executed copy lies elsewhere."""
+    if "_base_" not in assigned:
+        return
+    bases = ast.literal_eval(assigned["_base_"].value)
+    resolved = [str((folder / base).resolve()) for base in ([bases] if isinstance(bases, str) else bases)]
+    assigned["_base_"].value = ast.parse(repr(resolved), mode="eval").body
+
+
+def _literal(assigned: Mapping[str, ast.Assign], name: str, default: Any) -> Any:
+    return ast.literal_eval(assigned[name].value) if name in assigned else default
+
+
+def _dict_keys(node: ast.expr) -> list[str]:
+    """Keys of `dict(a=…, b=…)` or `{"a": …}` in source."""
+    if isinstance(node, ast.Call):
+        return [keyword.arg for keyword in node.keywords if keyword.arg]
+    if isinstance(node, ast.Dict):
+        return [ast.literal_eval(key) for key in node.keys if key is not None]
+    return []
+
+
+def _dotted_names(value: Any, prefix: str = "") -> list[str]:
+    names = []
+    if isinstance(value, Mapping) or hasattr(value, "keys"):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return []
+    for key, item in items:
+        name = f"{prefix}{key}"
+        names += [name, *_dotted_names(item, name + ".")]
+    return names
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    raise UsageError(f"a recipe may hold plain values only, found {value!r}")

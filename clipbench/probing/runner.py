@@ -1,0 +1,303 @@
+"""mmengine's Runner around a sweep: optimisers, schedules, exact resume, clean stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
+from mmengine.registry import LOOPS, OPTIMIZERS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from clipbench.data.stream import CorruptDataError, CorruptSample
+from clipbench.errors import ClipbenchError
+from clipbench.probing.model import SweepModel, SweepOptimWrapper
+
+CHECKPOINT = "checkpoint.pth"
+_SYNC_STOP_EVERY = 10  # steps between two looks at whether another process was asked to stop
+
+
+class InterruptedRunError(ClipbenchError):
+    """The run was asked to stop and left a checkpoint."""
+
+    exit_code = 130
+
+
+class DivergedError(ClipbenchError):
+    """The loss of every head stopped being finite."""
+
+
+def collate(samples: Sequence[Any]) -> dict[str, Any]:
+    """mmengine's `pseudo_collate`, with corrupt and replaced samples put aside.
+
+    Returns:
+        `inputs` and `data_samples` (lists), and `corrupt`, `skipped` (lists of `CorruptSample`).
+    """
+    corrupt = [sample for sample in samples if isinstance(sample, CorruptSample)]
+    good = [sample for sample in samples if not isinstance(sample, CorruptSample)]
+    skipped = [item for sample in good for item in sample.pop("skipped", [])]
+    batch = pseudo_collate(good) if good else {"inputs": [], "data_samples": []}
+    return {**batch, "corrupt": corrupt, "skipped": skipped}
+
+
+@LOOPS.register_module()
+class ProbeTrainLoop(IterBasedTrainLoop):
+    """mmengine's loop, which also stops on a corrupt sample with everything so far saved."""
+
+    def run(self) -> None:
+        """Train from where the checkpoint left off."""
+        self.runner.model.step = self._iter
+        super().run()
+
+    def run_iter(self, data_batch: dict[str, Any]) -> None:
+        """One step."""
+        if data_batch["corrupt"]:
+            self.runner.save_progress(self._iter)
+            raise CorruptDataError(data_batch["corrupt"], f"training, step {self._iter + 1}")
+        for sample in data_batch["skipped"]:
+            self.runner.skipped.setdefault(sample.index, sample.reason)
+        super().run_iter(data_batch)
+
+
+class ProbeRunner(Runner):
+    """Runner for a `SweepModel`.
+
+    Differences from the base class: the device is chosen by the caller; the model is not wrapped in DDP (its optimiser
+    wrappers average gradients themselves, since each head steps on its own); checkpoints replace each other atomically.
+
+    Args:
+        device: Where to run.
+        kwargs: Of mmengine's Runner.
+    """
+
+    def __init__(self, device: torch.device, **kwargs: Any) -> None:
+        self._device = device
+        self.skipped: dict[int, str] = {}  # training samples that were replaced: index → why
+        self.resumed_at = 0
+        self._has_loaded = False
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+        super().__init__(**kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, interrupted parts included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """Move to the device; give every process the first one's parameters."""
+        model = model.to(self._device)
+        if torch.distributed.is_initialized():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                torch.distributed.broadcast(tensor.data, src=0)
+        return model
+
+    def save_progress(self, steps_done: int) -> None:
+        """Write the checkpoint, whole or not at all; the first process alone."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        temporary = f".{CHECKPOINT}.{os.getpid()}"
+        meta = {"epoch": 0, "iter": steps_done, "skipped": dict(self.skipped), "seconds": self.seconds}
+        self.save_checkpoint(self.work_dir, temporary, meta=meta, by_epoch=False)
+        (Path(self.work_dir) / temporary).replace(Path(self.work_dir) / CHECKPOINT)
+
+    def load_progress(self) -> None:
+        """Resume from the checkpoint in the work folder where there is one."""
+        path = Path(self.work_dir) / CHECKPOINT
+        if path.exists():
+            self.resume(str(path), map_location="cpu")
+            meta = torch.load(path, map_location="cpu", weights_only=False)["meta"]  # our own file of a moment ago
+            self.skipped, self._seconds_before, self.resumed_at = meta["skipped"], meta["seconds"], meta["iter"]
+
+    def load_or_resume(self) -> None:
+        """mmengine's hook into `train()`, called once model, optimisers and schedules stand."""
+        if not self._has_loaded:
+            self.load_progress()
+            self._has_loaded = True
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Nothing: mmengine starts compilers here to ask their version; the record holds the environment."""
+
+
+class ProgressHook(Hook):
+    """Reports steps, and stops the run when asked to or when nothing is left to train.
+
+    Args:
+        on_step: Called after each step with (steps done, losses by trial key or {}).
+        checkpoint_interval: Steps between checkpoints.
+    """
+
+    # After the parameter scheduler, so that a checkpoint holds the schedule of the next step.
+    priority = "VERY_LOW"
+
+    def __init__(self, on_step: Callable[[int, dict[str, float]], None], checkpoint_interval: int) -> None:
+        self._on_step = on_step
+        self._interval = checkpoint_interval
+        self._asked_at = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """From here on Ctrl-C and SIGTERM (Slurm's warning) end the run at a step's end."""
+
+        def ask_to_stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            # A second Ctrl-C stops at once. A launcher passes one Ctrl-C on as several signals, hence the delay.
+            if self._asked_at and number == signal.SIGINT and time.monotonic() - self._asked_at > 1:
+                self._restore_signals()
+                raise KeyboardInterrupt
+            self._asked_at = self._asked_at or time.monotonic()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, ask_to_stop)
+            except ValueError:  # not in the main thread: whoever runs the thread handles signals
+                return
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Report, check for divergence, save."""
+        done = batch_idx + 1
+        losses = {key.removesuffix("/loss"): float(value) for key, value in (outputs or {}).items()}
+        self._on_step(done, losses)
+        model: SweepModel = runner.model
+        if outputs and not model.alive():
+            steps = ", ".join(f"{key} at step {step}" for key, step in model.divergence().items())
+            raise DivergedError(
+                f"the loss of every head stopped being finite: {steps}",
+                "Lower the learning rate (--lr), set a gradient clip (--set clip_grad=1.0), or look at the data "
+                "(clipbench data check).",
+            )
+        if self._asked_to_stop(done):
+            runner.save_progress(done)
+            raise InterruptedRunError(
+                f"stopped at step {done} of {runner.max_iters}; everything up to here is saved",
+                "The same command with --resume goes on from here.",
+            )
+        if done % self._interval == 0 or done == runner.max_iters:
+            runner.save_progress(done)
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the signals back."""
+        self._restore_signals()
+
+    def close(self) -> None:
+        """Give the signals back, also after an error."""
+        self._restore_signals()
+
+    def _restore_signals(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def _asked_to_stop(self, done: int) -> bool:
+        if not torch.distributed.is_initialized():
+            return bool(self._asked_at)
+        if done % _SYNC_STOP_EVERY:
+            return False
+        # All processes must leave at the same step, or the others wait for this one for ever.
+        flag = torch.tensor(
+            [int(bool(self._asked_at))], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        )
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def build_optimisers(
+    model: SweepModel,
+    lrs: Mapping[str, float],
+    optimizer: Mapping[str, Any],
+    clip_grad: float | None,
+    finetune: Mapping[str, Any],
+) -> OptimWrapperDict:
+    """One optimiser a head; where the backbone is trained, the only head's optimiser has it too.
+
+    Args:
+        model: Heads by trial key.
+        lrs: Learning rate by trial key.
+        optimizer: mmengine config without `lr`.
+        clip_grad: Largest gradient norm of one head's optimiser, or None.
+        finetune: `backbone_lr_factor` and `layer_decay`.
+    """
+    wrappers = {}
+    for key, head in model.heads.items():
+        groups: list[dict[str, Any]] = [{"params": list(head.parameters()), "lr": lrs[key]}]
+        if not model.features.frozen:
+            groups += model.features.backbone.layer_decay_groups(
+                lr=lrs[key] * finetune["backbone_lr_factor"],
+                weight_decay=optimizer.get("weight_decay", 0.0),
+                decay=finetune["layer_decay"],
+            )
+        built = OPTIMIZERS.build({**optimizer, "params": groups, "lr": lrs[key]})
+        clip = {"max_norm": clip_grad} if clip_grad is not None else None
+        wrappers[key] = SweepOptimWrapper(built, clip_grad=clip)
+    return OptimWrapperDict(**wrappers)
+
+
+def schedule(kind: str, steps: int, warmup: int) -> list[dict[str, Any]]:
+    """mmengine scheduler configs: linear warm-up, then `poly` (power 0.9) or `cosine` to zero at `steps`."""
+    stages: list[dict[str, Any]] = []
+    if warmup > 0:
+        stages.append({"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": warmup})
+    span = {"by_epoch": False, "begin": warmup, "end": steps, "eta_min": 0.0}
+    if kind == "poly":
+        stages.append({"type": "PolyLR", "power": 0.9, **span})
+    else:
+        stages.append({"type": "CosineAnnealingLR", "T_max": steps - warmup, **span})
+    return stages
+
+
+def train(
+    model: SweepModel,
+    loader: DataLoader[Any],
+    optimisers: OptimWrapperDict,
+    schedulers: dict[str, list[dict[str, Any]]],
+    *,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    work_dir: Path,
+    name: str,
+    on_step: Callable[[int, dict[str, float]], None],
+    checkpoint_interval: int,
+    log_interval: int,
+) -> ProbeRunner:
+    """Train with mmengine's Runner, going on from the checkpoint in `work_dir` where there is one.
+
+    Returns:
+        The runner, whose `model` is trained.
+
+    Raises:
+        InterruptedRunError, DivergedError, CorruptDataError: See there; a checkpoint is left behind.
+    """
+    hook = ProgressHook(on_step, checkpoint_interval)
+    runner = ProbeRunner(
+        device=device,
+        model=model,
+        work_dir=str(work_dir),
+        train_dataloader=loader,
+        train_cfg={"type": "ProbeTrainLoop", "max_iters": steps},
+        optim_wrapper=optimisers,
+        param_scheduler=schedulers,
+        default_hooks={"checkpoint": None, "logger": {"type": "LoggerHook", "interval": log_interval}},
+        custom_hooks=[hook],
+        default_scope="mmseg",
+        randomness={"seed": seed},
+        experiment_name=name,
+        log_processor={"by_epoch": False},
+        visualizer={"type": "Visualizer", "vis_backends": []},
+    )
+    try:
+        runner.train()
+    finally:
+        hook.close()
+    return runner

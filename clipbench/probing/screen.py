@@ -1,0 +1,85 @@
+"""What a run shows: notes, warnings and progress on stderr; results belong to the command line's stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Advance = Callable[[int, str], None]
+
+
+class RateColumn(ProgressColumn):
+    """Units a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The rate, empty until there is one."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self._unit}/s" if speed else "", style="progress.data.speed")
+
+
+class Screen:
+    """A terminal, or nothing.
+
+    Args:
+        quiet: Show warnings only (`--json`, processes other than the first).
+        silent: Show nothing at all.
+    """
+
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
+        self._quiet = quiet or silent
+
+    def note(self, text: str) -> None:
+        """A line about what goes on."""
+        if not self._quiet:
+            self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        """A line that a person should read."""
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), text))
+
+    @contextmanager
+    def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        """A progress bar with rate and time left.
+
+        Yields:
+            `advance(n, text)`: n more units; the text stands at the end of the line.
+        """
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            RateColumn(unit),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}", style="dim"),
+            console=self.console,
+            disable=self._quiet,
+        )
+        with bar:
+            task = bar.add_task(description, total=total, completed=done, text="")
+
+            def advance(count: int, text: str = "") -> None:
+                if text:
+                    bar.update(task, advance=count, text=text)
+                else:
+                    bar.advance(task, count)
+
+            yield advance

@@ -1,0 +1,328 @@
+"""Semantic segmentation as a task family: data sets, loss and inference around mmseg's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.model import BaseDataPreprocessor
+from mmengine.registry import init_default_scope
+from mmseg.models.utils import resize
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import clipbench.heads  # noqa: F401 - registers our heads with mmseg
+from clipbench.backbones.base import Backbone, Features
+from clipbench.data.stream import CorruptFileError, SizedDataset, stable_seed
+from clipbench.errors import UsageError
+from clipbench.probing.features import FeatureSource, Images, View
+
+IGNORE = 255
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@TRANSFORMS.register_module()
+class CheckLabels(BaseTransform):
+    """Refuses a mask that cannot belong to its image: wrong size, or a label that is no class.
+
+    Args:
+        num_classes: Labels must be below it, or 255.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Check `gt_seg_map` against `ori_shape`."""
+        mask = results["gt_seg_map"]
+        if mask.shape != tuple(results["ori_shape"]):
+            raise CorruptFileError(
+                f"mask is {mask.shape[1]}×{mask.shape[0]} but the image {results['ori_shape'][1]}×"
+                f"{results['ori_shape'][0]} pixels"
+            )
+        labels = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+        wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
+        if wrong.size:
+            raise CorruptFileError(
+                f"mask has label {wrong[0]}, but there are {self.num_classes} classes (0…{self.num_classes - 1}, after "
+                "any zero-label reduction; 255 is ignored)"
+            )
+        return results
+
+
+def build_dataset(configs: Sequence[Mapping[str, Any]], pipeline: Sequence[Mapping[str, Any]], root: Path) -> Any:
+    """One of mmseg's data sets, or several put end to end, under `root`.
+
+    Args:
+        configs: mmseg data-set configs. One with `optional="FILE"` is left out where FILE does not exist (the SBD part
+            of VOC).
+        pipeline: Transforms.
+        root: Folder of the data set.
+    """
+    init_default_scope("mmseg")
+    built = []
+    for config in configs:
+        settings = deepcopy(dict(config))
+        needed = settings.pop("optional", None)
+        if needed and not (root / needed).exists():
+            continue
+        dataset = DATASETS.build({**settings, "data_root": str(root), "pipeline": [dict(step) for step in pipeline]})
+        _insert_check(dataset)
+        built.append(dataset)
+    if len(built) == 1:
+        return built[0]
+    return DATASETS.get("mmengine.ConcatDataset")(built)
+
+
+def _insert_check(dataset: Any) -> None:
+    """Put `CheckLabels` right after the annotations are loaded, whatever the recipe does next."""
+    steps = dataset.pipeline.transforms
+    check = CheckLabels(len(dataset.metainfo["classes"]))
+    for place, step in enumerate(steps):
+        if type(step).__name__ == "LoadAnnotations":
+            steps.insert(place + 1, check)
+            return
+
+
+def sample_files(dataset: Any, index: int) -> tuple[str, str]:
+    """Image and mask path of a sample."""
+    info = dataset.get_data_info(index)
+    return info["img_path"], info.get("seg_map_path", "")
+
+
+def describe_failure(dataset: SizedDataset, index: int, error: Exception) -> str:
+    """Name the file of a sample that failed to load: the one that does not open, else both."""
+    from PIL import Image
+
+    image, mask = sample_files(dataset, index)
+    if isinstance(error, CorruptFileError):
+        return f"{mask}: {error} (image: {image})"
+    for path in (image, mask):
+        try:
+            with Image.open(path) as opened:
+                opened.load()
+        except (OSError, SyntaxError, EOFError) as reason:
+            return f"{path}: {reason}"
+    return f"{image} or {mask}: {error}"
+
+
+class Preprocess(BaseDataPreprocessor):
+    """Collated mmseg samples → (`Images`, targets), on the device.
+
+    Bytes travel to the device and become RGB in [0, 1] there. Images are padded at the right and bottom to a size that
+    the backbone takes, and to the batch's largest; with the backbone's mean colour, which its normalisation turns into
+    zeros, and label 255.
+
+    Args:
+        backbone: For its input declaration.
+        root: Paths of images are named relative to it.
+        crop: (height, width) that training images are padded to at least, or None.
+    """
+
+    def __init__(self, backbone: Backbone, root: Path, crop: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.multiple = backbone.input.multiple
+        self.root = root
+        self.crop = crop
+        self.register_buffer("fill", torch.tensor(backbone.input.mean).view(1, 3, 1, 1), persistent=False)
+        self.fill: Tensor
+
+    def forward(self, data: Any, training: bool = False) -> tuple[Images, list[Target] | Tensor]:
+        """Training: targets are (B, H, W) int64 labels. Evaluation: a list of `Target`, labels at original size."""
+        images = [image.to(self.device, non_blocking=True) for image in data["inputs"]]
+        samples = data["data_samples"]
+        height = max(image.shape[-2] for image in images)
+        width = max(image.shape[-1] for image in images)
+        if training and self.crop:
+            height, width = max(height, self.crop[0]), max(width, self.crop[1])
+        height, width = round_up(height, self.multiple), round_up(width, self.multiple)
+        pixels = self.fill.expand(len(images), 3, height, width).clone()
+        for slot, image in zip(pixels, images, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image.flip(0).float() / 255  # BGR → RGB
+        if training:
+            labels = torch.full((len(images), height, width), IGNORE, dtype=torch.int64, device=self.device)
+            for label, sample in zip(labels, samples, strict=True):
+                mask = sample.gt_sem_seg.data.squeeze(0)
+                label[: mask.shape[0], : mask.shape[1]] = mask.to(self.device, non_blocking=True)
+            return Images(pixels), labels
+        targets = []
+        for image, sample in zip(images, samples, strict=True):
+            name = Path(sample.img_path)
+            targets.append(
+                Target(
+                    name=(name.relative_to(self.root) if name.is_relative_to(self.root) else name).as_posix(),
+                    label=sample.gt_sem_seg.data.squeeze(0),
+                    size=(image.shape[-2], image.shape[-1]),
+                    path=sample.img_path,
+                )
+            )
+        return Images(pixels), targets
+
+
+@dataclass
+class Target:
+    """Ground truth of an evaluation image.
+
+    Attributes:
+        name: Path relative to the data set's root.
+        label: (H, W) labels at the original resolution.
+        size: (h, w) of the resized image within its padded batch, pixels.
+        path: The image file.
+    """
+
+    name: str
+    label: Tensor
+    size: tuple[int, int]
+    path: str
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def build_head(config: Mapping[str, Any], backbone: Backbone, layer: int, num_classes: int, key: str) -> nn.Module:
+    """An mmseg head for one of the backbone's maps, initialised from a generator of its own.
+
+    Args:
+        config: mmseg config without `in_channels` and `num_classes`.
+        backbone: For its output declaration.
+        layer: Index of the feature map.
+        num_classes: Output channels.
+        key: Seeds the initialisation; the same key gives the same head.
+
+    Raises:
+        UsageError: The config does not fit the head's class.
+    """
+    init_default_scope("mmseg")
+    settings = deepcopy(dict(config))
+    sync = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and torch.cuda.is_available()
+    if settings.get("norm_cfg", {}).get("type") == "SyncBN" and not sync:
+        settings["norm_cfg"] = {**settings["norm_cfg"], "type": "BN"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed("head", key))
+        try:
+            head = MODELS.build(
+                {**settings, "in_channels": backbone.output.maps[layer].channels, "num_classes": num_classes}
+            )
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"head config {settings} cannot be built: {error}") from error
+        head.init_weights()
+    return head
+
+
+def loss(head: nn.Module, features: Features, labels: Tensor) -> Tensor:
+    """Pixel cross-entropy of logits resized to the label: mmseg's `loss_by_feat` without its accuracy pass.
+
+    Args:
+        head: An mmseg decode head.
+        features: One map.
+        labels: (B, H, W) int64, 255 ignored.
+    """
+    logits = head(features.maps)
+    logits = resize(logits, size=labels.shape[1:], mode="bilinear", align_corners=head.align_corners)
+    criteria = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+    return sum(criterion(logits, labels, ignore_index=head.ignore_index) for criterion in criteria)
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How an image is cut for the backbone.
+
+    Attributes:
+        mode: "slide" or "whole".
+        window, stride: Of sliding windows, in pixels of the resized image.
+        window_batch: Windows that go through the backbone at once.
+    """
+
+    mode: str
+    window: int
+    stride: int
+    window_batch: int = 8
+
+    def windows(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """(top, left, bottom, right) of each window; the last of a row or column is shifted inward (as in mmseg)."""
+        if self.mode == "whole":
+            return [(0, 0, height, width)]
+        return [
+            (max(bottom - self.window, 0), max(right - self.window, 0), bottom, right)
+            for bottom in self._ends(height)
+            for right in self._ends(width)
+        ]
+
+    def _ends(self, length: int) -> list[int]:
+        """Where the windows along one axis end."""
+        count = max(length - self.window + self.stride - 1, 0) // self.stride + 1
+        return [min(place * self.stride + self.window, length) for place in range(count)]
+
+
+def predict(
+    features: FeatureSource,
+    heads: Mapping[str, nn.Module],
+    image: Tensor,
+    target: Target,
+    inference: Inference,
+    multiple: int,
+    fill: Tensor,
+) -> Iterator[tuple[str, Tensor]]:
+    """Class maps of one image at its original resolution, one backbone pass a window for all heads.
+
+    Logits of overlapping windows are averaged at the resized image's resolution, then resized to the original one, as
+    in mmseg's `slide_inference` and `postprocess_result`.
+
+    Args:
+        features: Where features come from.
+        heads: Heads by key.
+        image: (3, h, w) RGB in [0, 1], without padding.
+        target: For the original size and the name.
+        inference: Windows.
+        multiple: Windows are padded to a multiple of this.
+        fill: (1, 3, 1, 1) colour of the padding.
+
+    Yields:
+        (key, (H, W) int64 classes), one head after the other, so that one full-size map is alive at a time.
+    """
+    height, width = image.shape[-2:]
+    boxes = inference.windows(height, width)
+    # One window that covers everything needs no sum; that is the usual case of `whole`.
+    sums: dict[str, Tensor] = {}
+    counts = torch.zeros(1, height, width, device=image.device)
+    for start in range(0, len(boxes), inference.window_batch):
+        chunk = boxes[start : start + inference.window_batch]
+        window_h, window_w = chunk[0][2] - chunk[0][0], chunk[0][3] - chunk[0][1]
+        padded_h, padded_w = round_up(window_h, multiple), round_up(window_w, multiple)
+        pixels = fill.expand(len(chunk), 3, padded_h, padded_w).clone()
+        views = []
+        for slot, (top, left, bottom, right) in zip(pixels, chunk, strict=True):
+            slot[:, :window_h, :window_w] = image[:, top:bottom, left:right]
+            views.append(View(target.name, f"window {top},{left},{bottom},{right} of {height}×{width}"))
+        maps = features(Images(pixels, views)).maps
+        for key, head in heads.items():
+            logits = resize(head(maps), size=(padded_h, padded_w), mode="bilinear", align_corners=head.align_corners)
+            logits = logits[:, :, :window_h, :window_w].float()
+            if key not in sums:
+                sums[key] = torch.zeros(logits.shape[1], height, width, device=image.device)
+            for window_logits, (top, left, bottom, right) in zip(logits, chunk, strict=True):
+                sums[key][:, top:bottom, left:right] += window_logits
+        for top, left, bottom, right in chunk:
+            counts[:, top:bottom, left:right] += 1
+    for key in list(sums):
+        logits = sums.pop(key) / counts
+        size = tuple(target.label.shape)
+        full = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=heads[key].align_corners)
+        yield key, full[0].argmax(dim=0)

@@ -1,0 +1,132 @@
+"""Recipes: knobs that others follow from, overrides, and every shipped one instantiated."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.paths import shipped
+from clipbench.probing.recipes import REQUIRED, catalogue, find_recipe, load_recipe, parse_set, protocol_of
+
+TASKS = sorted(path.stem.replace("_", "-") for path in shipped("probes").glob("*.py"))
+
+
+def test_shipped_tasks():
+    assert {"ade20k", "voc2012", "toy-seg"} <= set(TASKS)
+    assert [info.name for info in catalogue()] == TASKS
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_shipped_recipe_is_whole(task, openmmlab):
+    info = find_recipe(task)
+    config = load_recipe(info, {})
+    assert set(REQUIRED) <= set(config.keys())
+    assert info.summary
+    assert f"--task {task}" in info.header
+    assert tuple(config.heads) == info.heads
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_head_and_transform_of_a_recipe_builds(task, openmmlab, tiny_backbone):
+    import torch
+    from mmseg.registry import TRANSFORMS
+
+    from clipbench.probing.segmentation import build_head
+
+    config = load_recipe(find_recipe(task), {"image_size": 64})
+    for step in [*config.train_pipeline, *config.test_pipeline]:
+        TRANSFORMS.build(dict(step))
+    for name, head_config in config.heads.items():
+        head = build_head(head_config, tiny_backbone, config.layer, 5, name).eval()
+        assert head([torch.rand(1, 16, 8, 8)]).shape == (1, 5, 8, 8)
+
+
+def test_what_follows_from_a_knob_follows_its_override():
+    config = load_recipe(find_recipe("ade20k"), {"image_size": 128, "steps": 60})
+    assert config.evaluation == {"mode": "slide", "window": 128, "stride": 85}
+    assert config.train_pipeline[3]["crop_size"] == (128, 128)
+    assert config.test_pipeline[1]["scale"] == (512, 128)
+    assert config.warmup_steps == 6
+    untouched = load_recipe(find_recipe("ade20k"), {})
+    assert (untouched.warmup_steps, untouched.evaluation["stride"]) == (1500, 341)
+
+
+def test_nested_and_list_values_can_be_overridden():
+    config = load_recipe(
+        find_recipe("ade20k"), {"heads.linear.dropout_ratio": 0.0, "train_pipeline.2.ratio_range": (1.0, 1.0)}
+    )
+    assert config.heads.linear.dropout_ratio == 0.0
+    assert config.train_pipeline[2]["ratio_range"] == (1.0, 1.0)
+    assert len(config.train_pipeline) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("stepz", "steps"), ("heads.linear.dropout", "heads.linear.dropout_ratio"), ("lrz", "lrs")]
+)
+def test_unknown_keys_name_the_nearest(key, near):
+    with pytest.raises(UnknownNameError) as caught:
+        load_recipe(find_recipe("ade20k"), {key: 1})
+    assert near in caught.value.suggestions
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(UnknownNameError) as caught:
+        find_recipe("ade2k")
+    assert "ade20k" in caught.value.suggestions
+
+
+def test_a_value_that_does_not_work_is_a_usage_error():
+    with pytest.raises(UsageError, match="cannot be evaluated"):
+        load_recipe(find_recipe("ade20k"), {"image_size": "big"})
+
+
+def test_set_values_are_literals_or_strings():
+    assert parse_set(["a=1", "b=1e-3", "c=(1, 2)", "d=cosine", "e=None", "f=x=y"]) == {
+        "a": 1,
+        "b": 1e-3,
+        "c": (1, 2),
+        "d": "cosine",
+        "e": None,
+        "f": "x=y",
+    }
+    with pytest.raises(UsageError, match="'steps', '=3'"):
+        parse_set(["steps", "=3", "ok=1"])
+
+
+def test_a_recipe_in_the_working_directory_wins_and_adds():
+    folder = Path("probes")
+    folder.mkdir()
+    text = (shipped("probes") / "ade20k.py").read_text()
+    (folder / "ade20k.py").write_text(text.replace("steps = 40_000", "steps = 17"))
+    shutil.copy(shipped("probes") / "ade20k.py", folder / "my_task.py")
+    assert load_recipe(find_recipe("ade20k"), {}).steps == 17
+    assert find_recipe("my-task").path == Path.cwd() / "probes" / "my_task.py"
+
+
+def test_base_files_of_a_recipe_resolve_against_its_folder():
+    folder = Path("probes")
+    folder.mkdir()
+    (folder / "child.py").write_text(
+        f'"""A child.\n\n    clipbench probe --task child\n"""\n_base_ = "{shipped("probes") / "ade20k.py"}"\n'
+        'family = "segmentation"\ndataset = "ade20k"\nsteps = 5\n'
+    )
+    assert load_recipe(find_recipe("child"), {}).steps == 5
+
+
+def test_broken_recipes_are_reported_together():
+    folder = Path("probes")
+    folder.mkdir()
+    (folder / "one.py").write_text("family = (")
+    (folder / "two.py").write_text("family = 'segmentation'")
+    with pytest.raises(ClipbenchError) as caught:
+        catalogue()
+    assert "one.py" in str(caught.value)
+    assert "two.py: lacks dataset" in str(caught.value)
+
+
+def test_runtime_settings_are_no_part_of_the_protocol():
+    assert "runtime" not in protocol_of(load_recipe(find_recipe("ade20k"), {}))
