@@ -1,0 +1,301 @@
+"""`clipbench leaderboard` and `clipbench diff`: what the records of a results folder say."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from clipbench.cli.common import JsonOption, print_error, print_json
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    from clipbench.results import Column, Difference, Leaderboard, Record, Table
+
+ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="The results folder.")]
+
+_SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class TableFormat(str, Enum):
+    """Formats of the printed leaderboard."""
+
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+def leaderboard(
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="GLOB", help="Print these tasks only; may be repeated.")
+    ] = None,
+    format_: Annotated[
+        TableFormat | None, typer.Option("--format", help="Print this on stdout instead of the table for the terminal.")
+    ] = None,
+    results: ResultsOption = Path("results"),
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            metavar="ID",
+            help="Protocol that the main table shows instead of the one with the most rows; may be repeated.",
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Print the leaderboard and write it to leaderboard.md and .csv in the results folder.
+
+    Rows with another protocol or other data never share a column: they get tables of their own, headed by what differs.
+    The files always hold every task; --task filters what is printed.
+    """
+    from clipbench.results import build_leaderboard, load_records, to_csv, to_dict, to_markdown, write_leaderboard
+
+    if json_ and format_ not in (None, TableFormat.json):
+        raise UsageError(f"--json and --format {format_.value} contradict each other", "Give one of them.")
+    if json_:
+        format_ = TableFormat.json
+    problems: list[str] = []
+    _check_folder(results)
+    records = load_records(results, problems)
+    if not records:
+        reasons = "".join(f"\n  {problem}" for problem in problems)
+        raise ClipbenchError(
+            f"there are no {'usable ' if problems else ''}records in {results / 'records'}{reasons}",
+            _how_to_start(results),
+        )
+    board = build_leaderboard(records, task or (), protocol or (), problems)
+
+    # A folder that cannot be written (someone else's results) is still shown; the exit status tells scripts.
+    failure = None
+    written: tuple[Path, ...] = ()
+    try:
+        written = write_leaderboard(results, protocol or ())
+    except ClipbenchError as error:
+        failure = error
+    if format_ is TableFormat.json:
+        print_json(to_dict(board))
+    elif format_ is TableFormat.csv:
+        sys.stdout.write(to_csv(board))
+    elif format_ is TableFormat.md or not sys.stdout.isatty():
+        sys.stdout.write(to_markdown(board))
+    else:
+        from rich.console import Console
+
+        print_board(board, Console())
+    _print_notes([f"warning: {problem}" for problem in problems], "yellow")
+    if failure is not None:
+        print_error(failure)
+        raise typer.Exit(failure.exit_code)
+    _print_notes([f"written: {path}" for path in written], "dim")
+
+
+def diff(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A record: its file, its name, or the start of its fingerprint.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The record to compare it with.")],
+    results: ResultsOption = Path("results"),
+    draws: Annotated[int, typer.Option(min=100, help="Resampled sets of the paired bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Show what differs between two records, and whether the difference of their scores is real.
+
+    Where both runs kept per-image statistics, the difference comes with a 95 % interval from a paired bootstrap over
+    images. The interval speaks of other images, not of other training seeds.
+    """
+    from clipbench.results import bootstrap_records, diff_records
+
+    first, second = _find_record(a, results), _find_record(b, results)
+    differences = diff_records(first[0], second[0])
+    interval, reason = None, ""
+    try:
+        interval = bootstrap_records(first, second, draws, seed)
+    except ClipbenchError as error:
+        reason = error.message
+    if json_:
+        print_json(
+            {
+                "a": first[0].stem,
+                "b": second[0].stem,
+                "scores": {
+                    name: {"a": first[0].scores.get(name), "b": second[0].scores.get(name)}
+                    for name in {**first[0].scores, **second[0].scores}
+                },
+                "bootstrap": vars(interval) | {"significant": interval.significant} if interval else None,
+                "no_bootstrap": reason or None,
+                "differences": [difference._asdict() for difference in differences],
+            }
+        )
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_score_table(first[0], second[0]))
+    if interval is None:
+        console.print(f"No interval: {reason}.", style="dim", markup=False, highlight=False)
+    else:
+        verdict = "the difference is real on such images" if interval.significant else "the two are tied"
+        console.print(
+            f"b − a: {interval.difference:+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f} over "
+            f"{interval.images:,} images (paired bootstrap, {interval.draws:,} draws): {verdict}.",
+            markup=False,
+            highlight=False,
+        )
+    console.print()
+    console.print(_difference_table(differences) if differences else "No setting differs.")
+
+
+def _check_folder(results: Path) -> None:
+    if not results.is_dir():
+        raise UsageError(f"there is no results folder {results}", _how_to_start(results))
+
+
+def _how_to_start(results: Path) -> str:
+    return (
+        f"Make one: clipbench probe --backbone random-vitb16 --task toy-seg --results {results}\n"
+        "Or point to another folder with --results DIR."
+    )
+
+
+def _print_notes(lines: list[str], style: str) -> None:
+    """Notes on stderr, so that what is on stdout can be piped."""
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True)
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False)
+
+
+# --- on a terminal ----------------------------------------------------------------------------------------------------
+
+
+def print_board(board: Leaderboard, console: Console) -> None:
+    """Show a leaderboard on a terminal."""
+    from rich.text import Text
+
+    from clipbench.results import brief
+
+    _print_table(board, board.main, console)
+    for number, footnote in enumerate(board.footnotes, 1):
+        console.print(Text(f"{_superscript(number)} {footnote}", style="dim"))
+    for table in board.others:
+        heads = ", ".join(column.label for column in table.columns)
+        console.print(Text(f"\nAnother protocol: {table.columns[0].task} · {heads}", style="bold"))
+        for path, main, other in table.columns[0].differences:
+            console.print(Text(f"  {path}: {brief(main, 60)} → {brief(other, 60)}"))
+        _print_table(board, table, console)
+
+
+def _print_table(board: Leaderboard, table: Table, console: Console) -> None:
+    """One table where it fits the terminal, else one a task."""
+    whole = _render(board, table, table.columns)
+    needed = console.measure(whole, options=console.options.update(max_width=10_000)).maximum
+    if needed <= console.width:
+        console.print(whole)
+        return
+    for task in dict.fromkeys(column.task for column in table.columns):
+        console.print(_render(board, table, [column for column in table.columns if column.task == task]))
+
+
+def _render(board: Leaderboard, table: Table, columns: Sequence[Column]) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from clipbench.results.leaderboard import MISSING
+
+    rendered = RichTable(box=box.SIMPLE_HEAD, header_style="")
+    rendered.add_column("backbone", no_wrap=True)
+    for column in columns:
+        header = Text(f"{column.task}\n{column.label}\n{column.measure}", style="bold")
+        header.append(_superscript(*column.notes)).append(f"\n{column.protocol_id}", style="not bold dim")
+        rendered.add_column(header, justify="right", no_wrap=True)
+    for name in table.backbones:
+        if not any(name in column.cells for column in columns):
+            continue
+        floor = name in board.floors
+        row = [Text(f"{name} (floor)" if floor else name, style="dim" if floor else "")]
+        for column in columns:
+            cell = column.cells.get(name)
+            if cell is None:
+                row.append(Text(MISSING, style="dim"))
+            else:
+                style = "bold green" if cell.best else "dim" if floor else ""
+                row.append(Text(cell.text + _superscript(*cell.notes), style=style))
+        rendered.add_row(*row)
+    return rendered
+
+
+def _superscript(*numbers: int) -> str:
+    return "·".join(str(number).translate(_SUPERSCRIPT) for number in numbers)
+
+
+# --- diff
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _find_record(name: str, results: Path) -> tuple[Record, Path]:
+    """A record, and the results folder that its artefacts are relative to.
+
+    `name` is a file, or the start of a fingerprint, or a record's name in `results`.
+    """
+    from clipbench.results import load_records, read_record
+
+    path = Path(name)
+    if path.suffix == ".json" or path.is_file():
+        above = [folder.parent for folder in path.absolute().parents if folder.name == "records"]
+        return read_record(path), above[0] if above else results
+    _check_folder(results)
+    records = load_records(results, [])
+    is_hash = re.fullmatch(r"[0-9a-f]{4,64}", name) is not None
+    found = [r for r in records if r.stem == name or (is_hash and r.fingerprint.startswith(name))]
+    if not found:
+        raise UnknownNameError("record", name, [r.stem for r in records], see=f"ls {results / 'records'}/*")
+    if len(found) > 1:
+        matches = "\n".join(f"  {record.task}/{record.stem}" for record in found)
+        raise UsageError(f"'{name}' fits {len(found)} records", f"Give more of one of these:\n{matches}")
+    return found[0], results
+
+
+def _score_table(a: Record, b: Record) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = RichTable(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for side, record in (("a", a), ("b", b)):
+        run = f"{record.task} · {record.head} · seed {record.seed}"
+        heading = f"{side}: {record.backbone.name}\n{run}\n{record.fingerprint[:12]}"
+        table.add_column(Text(heading), justify="right", overflow="fold")
+    table.add_column("b − a", justify="right")
+    main = a.metric.name
+    for name in sorted({*a.scores, *b.scores}, key=lambda name: (name != main, name)):
+        values = [record.scores.get(name) for record in (a, b)]
+        row = ["–" if value is None else f"{value:.{a.metric.digits}f}" for value in values]
+        change = "–" if None in values else f"{values[1] - values[0]:+.{a.metric.digits}f}"  # type: ignore[operator]
+        label = f"{name} {a.metric.arrow}" if name == main else name
+        table.add_row(Text(label), *row, change, style="bold" if name == main else "")
+    return table
+
+
+def _difference_table(differences: Sequence[Difference]) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    from clipbench.results import brief
+
+    table = RichTable("differs", "a", "b", box=box.SIMPLE_HEAD)
+    for path, a, b in differences:
+        table.add_row(Text(path), Text(brief(a)), Text(brief(b)))
+    return table
