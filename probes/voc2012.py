@@ -36,7 +36,7 @@ finetune = dict(backbone_lr_factor=0.1, layer_decay=0.75)  # *
 # --- heads: mmseg's, with the input width taken from the backbone's declaration ---------------------------------------
 norm = dict(type="SyncBN", requires_grad=True)  # plain BN on one process
 heads = dict(
-    linear=dict(type="LinearHead", dropout_ratio=0.1),
+    linear=dict(type="LinearHead", dropout_ratio=0.1, norm_cfg=norm),
     deeplabv3=dict(type="ASPPHead", channels=512, dilations=(1, 6, 12, 18), dropout_ratio=0.1, norm_cfg=norm),
     pspnet=dict(type="PSPHead", channels=512, pool_scales=(1, 2, 3, 6), dropout_ratio=0.1, norm_cfg=norm),
 )

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 Mode = Literal["frozen", "finetune"]
+RunState = Literal["new", "unfinished", "finished"]
 PRECISIONS = ("fp32", "bf16")
 MODES = ("frozen", "finetune")
 EVALUATIONS = ("slide", "whole")
+FINISHED = "finished"  # file in the folder of a finished run, with the names of its records
 
 
 @dataclass(frozen=True)
@@ -294,10 +296,11 @@ def _check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def find_run(plan: Plan) -> tuple[Path, bool]:
-    """The folder to run in, and whether an unfinished run of this very request lies in it.
+def find_run(plan: Plan) -> tuple[Path, RunState]:
+    """The folder to run in, and what lies there.
 
-    Without `resume`, or where there is nothing to resume, a new folder: nothing that was computed is overwritten.
+    With `resume`, the newest unfinished run of this very request, else the newest finished one whose records are still
+    there. Otherwise a new folder: nothing that was computed is overwritten.
 
     Raises:
         ClipbenchError: The folder cannot be made.
@@ -306,9 +309,13 @@ def find_run(plan: Plan) -> tuple[Path, bool]:
 
     parent = plan.request.results / "runs" / slug(plan.recipe.name) / slug(plan.request.backbone)
     existing = sorted(parent.glob(f"{plan.run_hash}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    unfinished = [path for path in existing if not (path / "finished").exists()]
-    if plan.request.resume and unfinished:
-        return unfinished[-1], True
+    if plan.request.resume:
+        for path in reversed(existing):
+            if not (path / FINISHED).exists():
+                return path, "unfinished"
+        for path in reversed(existing):
+            if all((plan.request.results / name).exists() for name in json.loads((path / FINISHED).read_text())):
+                return path, "finished"
     number = int(existing[-1].name.rpartition("-")[2]) + 1 if existing else 1
     path = parent / f"{plan.run_hash}-{number}"
     try:
@@ -317,4 +324,4 @@ def find_run(plan: Plan) -> tuple[Path, bool]:
         raise ClipbenchError(
             f"cannot make {path}: {error.strerror}", "Choose another folder with --results."
         ) from error
-    return path, False
+    return path, "new"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,17 @@ from clipbench.probing.evaluate import Evaluation, Timing, evaluate
 from clipbench.probing.features import LiveFeatures
 from clipbench.probing.model import SweepModel
 from clipbench.probing.pictures import PredictionSheet
-from clipbench.probing.plan import Plan, Trial, find_run
-from clipbench.probing.runner import CHECKPOINT, DivergedError, ProbeRunner, build_optimisers, collate, schedule, train
+from clipbench.probing.plan import FINISHED, Plan, Trial, find_run
+from clipbench.probing.runner import (
+    CHECKPOINT,
+    DivergedError,
+    InterruptedRunError,
+    ProbeRunner,
+    build_optimisers,
+    collate,
+    schedule,
+    train,
+)
 from clipbench.probing.screen import Screen
 from clipbench.results import (
     BackboneInfo,
@@ -49,7 +59,7 @@ from clipbench.results import (
     write_record,
 )
 from clipbench.results import Trial as TriedRate
-from clipbench.results.record import slug
+from clipbench.results.record import read_record, slug
 
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else
 
@@ -58,7 +68,11 @@ def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) ->
     """Run a plan; see `clipbench.probing.probe`."""
     device = pick_device(plan.request.device)
     with processes(device) as rank:
-        run_dir, resuming = agree(find_run(plan) if rank == 0 else None)
+        run_dir, state = agree(find_run(plan) if rank == 0 else None)
+        if state == "finished":
+            screen.note(f"{run_dir} finished this very command before; nothing to do (without --resume it runs anew)")
+            return finished_records(plan, run_dir) if rank == 0 else []
+        resuming = state == "unfinished"
         if plan.request.resume and not resuming:
             screen.note("nothing to resume for this command; starting from the beginning")
         log = run_dir / ("log.txt" if rank == 0 else f"log.{rank}.txt")
@@ -66,8 +80,10 @@ def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) ->
         try:
             with log_to_file(log):
                 return _Run(plan, screen, device, rank, run_dir, resuming, sheet).execute()
-        except (ClipbenchError, KeyboardInterrupt):
-            raise
+        except KeyboardInterrupt:  # while training, the runner handles it; this is anywhere else
+            raise InterruptedRunError(
+                "stopped; what was trained is saved", "The same command with --resume goes on from there."
+            ) from None
         except torch.OutOfMemoryError as error:
             raise ClipbenchError(
                 f"out of memory on {device}: {str(error).splitlines()[0]}",
@@ -155,6 +171,8 @@ class _Run:
                 f"{self.backbone.name} accepts {wanted}×{wanted} only, but the recipe uses {size}",
                 f"Add --image-size {wanted}.",
             )
+        if self.backbone.input.fixed_size and self.config.evaluation["mode"] == "whole":
+            raise UsageError(f"{self.backbone.name} accepts one size only, not whole images", "Use --eval slide.")
 
     def fresh_backbone(self) -> Backbone:
         return build(self.plan.backbone, seed=self.request.seed, output_stride=self.config.output_stride)
@@ -229,11 +247,6 @@ class _Run:
         runner = self.train_pass(number, trials)
         model: SweepModel = runner.model
         diverged = model.divergence()
-        for trial in trials:
-            if trial.key in diverged:
-                self.screen.warn(
-                    f"{trial.label}: the loss stopped being finite at step {diverged[trial.key]}; left out"
-                )
         alive = {trial.key: trial for trial in trials if trial.key not in diverged}
         undecided = {key for key, trial in alive.items() if len(self.plan.lrs) > 1}
         holdout = self.score_holdout(number, model, sorted(undecided)) if undecided else {}
@@ -253,6 +266,7 @@ class _Run:
                     len(self.classes),
                     # Without the rate: all rates of a head start from the same parameters.
                     key=f"{self.request.seed}/{trial.head}",
+                    sync_batch_norm=self.plan.world_size > 1 and self.device.type == "cuda",
                 )
                 for trial in trials
             },
@@ -284,14 +298,22 @@ class _Run:
         screen = self.screen if done < config.steps else Screen(silent=True)  # finished before: only loaded
         if done:
             screen.note(f"resuming at step {done} of {config.steps}")
+        reported: set[str] = set()
         what = ", ".join(labels.values()) if len(labels) <= 2 else f"{len(labels)} heads"
         with screen.progress(f"training {what}", config.steps, "step", done) as advance:
 
             def on_step(step: int, losses: dict[str, float]) -> None:
                 nonlocal done
-                mean = sum(losses.values()) / len(losses) if losses else 0.0
-                advance(step - done, f"mean loss {mean:.3f}" if losses else "")
+                finite = [loss for loss in losses.values() if math.isfinite(loss)]
+                advance(step - done, f"mean loss {sum(finite) / len(finite):.3f}" if finite else "")
                 done = step
+                if losses:
+                    for key, at in model.divergence().items():
+                        if key not in reported:
+                            reported.add(key)
+                            screen.warn(
+                                f"{labels[key]}: the loss stopped being finite at step {at}; left out from here on"
+                            )
 
             return train(
                 model,
@@ -302,6 +324,7 @@ class _Run:
                 seed=seed,
                 device=self.device,
                 work_dir=work_dir,
+                labels=labels,
                 name=f"{self.run_dir.name}-{number}-{time.monotonic_ns()}",
                 on_step=on_step,
                 checkpoint_interval=config.runtime["checkpoint_interval"],
@@ -393,12 +416,12 @@ class _Run:
             return []
         sheet.save(self.request.results / self.picture)
         records = [self.finish(drafts[head], best[head], evaluations[head]) for head in best]
-        for record in records:
-            write_record(self.request.results, record)
+        paths = [write_record(self.request.results, record) for record in records]
         write_leaderboard(self.request.results)
         for number in range(len(passes)):  # the heads are saved; optimiser states are of no more use
             (self.run_dir / f"pass-{number}" / CHECKPOINT).unlink(missing_ok=True)
-        (self.run_dir / "finished").touch()
+        names = [path.relative_to(self.request.results).as_posix() for path in paths]
+        (self.run_dir / FINISHED).write_text(json.dumps(names) + "\n")
         return records
 
     def draft(self, head: str, trial: Trial, passes: Sequence[_Pass]) -> Record:
@@ -564,6 +587,12 @@ class _Run:
                 },
             }
         )
+
+
+def finished_records(plan: Plan, run_dir: Path) -> list[Record]:
+    """The records that a finished run wrote."""
+    names = json.loads((run_dir / FINISHED).read_text())
+    return [read_record(plan.request.results / name) for name in names]
 
 
 def split_holdout(count: int, fraction: float, max_images: int) -> tuple[list[int], list[int]]:

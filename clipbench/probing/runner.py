@@ -135,12 +135,19 @@ class ProgressHook(Hook):
     Args:
         on_step: Called after each step with (steps done, losses by trial key or {}).
         checkpoint_interval: Steps between checkpoints.
+        labels: What to call each trial key.
     """
 
     # After the parameter scheduler, so that a checkpoint holds the schedule of the next step.
     priority = "VERY_LOW"
 
-    def __init__(self, on_step: Callable[[int, dict[str, float]], None], checkpoint_interval: int) -> None:
+    def __init__(
+        self,
+        on_step: Callable[[int, dict[str, float]], None],
+        checkpoint_interval: int,
+        labels: Mapping[str, str],
+    ) -> None:
+        self._labels = labels
         self._on_step = on_step
         self._interval = checkpoint_interval
         self._asked_at = 0.0
@@ -171,7 +178,7 @@ class ProgressHook(Hook):
         self._on_step(done, losses)
         model: SweepModel = runner.model
         if outputs and not model.alive():
-            steps = ", ".join(f"{key} at step {step}" for key, step in model.divergence().items())
+            steps = ", ".join(f"{self._labels[key]} at step {step}" for key, step in model.divergence().items())
             raise DivergedError(
                 f"the loss of every head stopped being finite: {steps}",
                 "Lower the learning rate (--lr), set a gradient clip (--set clip_grad=1.0), or look at the data "
@@ -270,6 +277,7 @@ def train(
     on_step: Callable[[int, dict[str, float]], None],
     checkpoint_interval: int,
     log_interval: int,
+    labels: Mapping[str, str],
 ) -> ProbeRunner:
     """Train with mmengine's Runner, going on from the checkpoint in `work_dir` where there is one.
 
@@ -279,7 +287,7 @@ def train(
     Raises:
         InterruptedRunError, DivergedError, CorruptDataError: See there; a checkpoint is left behind.
     """
-    hook = ProgressHook(on_step, checkpoint_interval)
+    hook = ProgressHook(on_step, checkpoint_interval, labels)
     runner = ProbeRunner(
         device=device,
         model=model,

@@ -130,7 +130,8 @@ class Preprocess(BaseDataPreprocessor):
 
     def __init__(self, backbone: Backbone, root: Path, crop: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.multiple = backbone.input.multiple
+        # A model of one fixed size takes nothing smaller either: everything is padded to that size.
+        self.multiple = max(backbone.input.size) if backbone.input.fixed_size else backbone.input.multiple
         self.root = root
         self.crop = crop
         self.register_buffer("fill", torch.tensor(backbone.input.mean).view(1, 3, 1, 1), persistent=False)
@@ -193,7 +194,9 @@ def round_up(value: int, multiple: int) -> int:
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
-def build_head(config: Mapping[str, Any], backbone: Backbone, layer: int, num_classes: int, key: str) -> nn.Module:
+def build_head(
+    config: Mapping[str, Any], backbone: Backbone, layer: int, num_classes: int, key: str, sync_batch_norm: bool = False
+) -> nn.Module:
     """An mmseg head for one of the backbone's maps, initialised from a generator of its own.
 
     Args:
@@ -202,14 +205,14 @@ def build_head(config: Mapping[str, Any], backbone: Backbone, layer: int, num_cl
         layer: Index of the feature map.
         num_classes: Output channels.
         key: Seeds the initialisation; the same key gives the same head.
+        sync_batch_norm: Keep `SyncBN` where the config has it; it needs several processes on GPUs. Else it is plain.
 
     Raises:
         UsageError: The config does not fit the head's class.
     """
     init_default_scope("mmseg")
     settings = deepcopy(dict(config))
-    sync = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and torch.cuda.is_available()
-    if settings.get("norm_cfg", {}).get("type") == "SyncBN" and not sync:
+    if settings.get("norm_cfg", {}).get("type") == "SyncBN" and not sync_batch_norm:
         settings["norm_cfg"] = {**settings["norm_cfg"], "type": "BN"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed("head", key))
@@ -295,34 +298,68 @@ def predict(
         fill: (1, 3, 1, 1) colour of the padding.
 
     Yields:
-        (key, (H, W) int64 classes), one head after the other, so that one full-size map is alive at a time.
+        (key, (H, W) int64 classes), one head after the other.
     """
     height, width = image.shape[-2:]
     boxes = inference.windows(height, width)
-    # One window that covers everything needs no sum; that is the usual case of `whole`.
-    sums: dict[str, Tensor] = {}
+    chunks = [boxes[i : i + inference.window_batch] for i in range(0, len(boxes), inference.window_batch)]
+    # Features of all windows are small; full-size logits are not, so the heads take turns.
+    maps = [_window_features(features, image, target, chunk, multiple, fill) for chunk in chunks]
     counts = torch.zeros(1, height, width, device=image.device)
-    for start in range(0, len(boxes), inference.window_batch):
-        chunk = boxes[start : start + inference.window_batch]
-        window_h, window_w = chunk[0][2] - chunk[0][0], chunk[0][3] - chunk[0][1]
-        padded_h, padded_w = round_up(window_h, multiple), round_up(window_w, multiple)
-        pixels = fill.expand(len(chunk), 3, padded_h, padded_w).clone()
-        views = []
-        for slot, (top, left, bottom, right) in zip(pixels, chunk, strict=True):
-            slot[:, :window_h, :window_w] = image[:, top:bottom, left:right]
-            views.append(View(target.name, f"window {top},{left},{bottom},{right} of {height}×{width}"))
-        maps = features(Images(pixels, views)).maps
-        for key, head in heads.items():
-            logits = resize(head(maps), size=(padded_h, padded_w), mode="bilinear", align_corners=head.align_corners)
-            logits = logits[:, :, :window_h, :window_w].float()
-            if key not in sums:
-                sums[key] = torch.zeros(logits.shape[1], height, width, device=image.device)
+    for top, left, bottom, right in boxes:
+        counts[:, top:bottom, left:right] += 1
+    for key, head in heads.items():
+        total: Tensor | None = None
+        for chunk, chunk_maps in zip(chunks, maps, strict=True):
+            window = (chunk[0][2] - chunk[0][0], chunk[0][3] - chunk[0][1])
+            padded = (round_up(window[0], multiple), round_up(window[1], multiple))
+            logits = resize(head(chunk_maps), size=padded, mode="bilinear", align_corners=head.align_corners)
+            logits = logits[:, :, : window[0], : window[1]].float()
+            if total is None:
+                total = torch.zeros(logits.shape[1], height, width, device=image.device)
             for window_logits, (top, left, bottom, right) in zip(logits, chunk, strict=True):
-                sums[key][:, top:bottom, left:right] += window_logits
-        for top, left, bottom, right in chunk:
-            counts[:, top:bottom, left:right] += 1
-    for key in list(sums):
-        logits = sums.pop(key) / counts
-        size = tuple(target.label.shape)
-        full = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=heads[key].align_corners)
-        yield key, full[0].argmax(dim=0)
+                total[:, top:bottom, left:right] += window_logits
+        assert total is not None  # there is always a window
+        yield key, _classes_at(total / counts, (target.label.shape[0], target.label.shape[1]), head.align_corners)
+
+
+def _window_features(
+    features: FeatureSource,
+    image: Tensor,
+    target: Target,
+    boxes: Sequence[tuple[int, int, int, int]],
+    multiple: int,
+    fill: Tensor,
+) -> list[Tensor]:
+    """Feature maps of windows of one size, each padded at the right and bottom to a multiple."""
+    height, width = image.shape[-2:]
+    window_h, window_w = boxes[0][2] - boxes[0][0], boxes[0][3] - boxes[0][1]
+    pixels = fill.expand(len(boxes), 3, round_up(window_h, multiple), round_up(window_w, multiple)).clone()
+    views = []
+    for slot, (top, left, bottom, right) in zip(pixels, boxes, strict=True):
+        slot[:, :window_h, :window_w] = image[:, top:bottom, left:right]
+        views.append(View(target.name, f"window {top},{left},{bottom},{right} of {height}×{width}"))
+    return features(Images(pixels, views)).maps
+
+
+_RESIZED_ELEMENTS = 1 << 26  # logits at the original resolution that are in memory at once
+
+
+def _classes_at(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Argmax over classes of logits (K, h, w) resized to (H, W): (H, W) int64.
+
+    A few classes at a time: all 150 of a large ADE20K image would take gigabytes.
+    """
+    step = max(1, _RESIZED_ELEMENTS // (size[0] * size[1]))
+    best: Tensor | None = None
+    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for start in range(0, len(logits), step):
+        part = logits[None, start : start + step]
+        values, places = F.interpolate(part, size=size, mode="bilinear", align_corners=align_corners)[0].max(dim=0)
+        if best is None:
+            best, classes = values, places
+        else:
+            better = values > best
+            classes = torch.where(better, places + start, classes)
+            best = torch.where(better, values, best)
+    return classes

@@ -213,6 +213,38 @@ def test_resume_after_a_stop_is_exact(signal_number, own_code, tiny_ade20k, tmp_
     assert len(list(Path("stopped").glob("runs/*/*/*"))) == 1
 
 
+def test_resuming_a_finished_run_does_nothing_and_a_new_start_keeps_it(request_for, monkeypatch):
+    from clipbench.probing import run
+
+    [first] = probe(request_for())
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", lambda *_, **__: pytest.fail("trained again"))
+        [again] = probe(request_for(resume=True))
+    assert again == first
+    [anew] = probe(request_for())
+    assert anew.scores == first.scores
+    assert len(list(Path("results").glob("runs/*/*/*"))) == 2
+
+
+def test_ctrl_c_while_evaluating_leaves_a_run_that_goes_on_there(request_for, monkeypatch):
+    from clipbench.probing import run
+    from clipbench.probing.runner import InterruptedRunError
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", interrupt)
+        with pytest.raises(InterruptedRunError) as caught:
+            probe(request_for())
+    assert caught.value.exit_code == 130
+    steps = []
+    monkeypatch.setattr(run.SweepModel, "train_step", lambda *_, **__: steps.append(1))
+    [record] = probe(request_for(resume=True))
+    assert steps == []
+    assert record.scores["mIoU"] > 0
+
+
 def test_resume_refuses_other_weights(request_for, own_code, monkeypatch):
     from clipbench.probing import runner
 
@@ -269,7 +301,7 @@ def test_everything_diverging_is_an_error_that_says_where(request_for, monkeypat
     monkeypatch.setattr(
         run.segmentation, "loss", lambda head, features, labels: head(features.maps).sum() * float("inf")
     )
-    with pytest.raises(DivergedError, match="linear@0_01 at step 1"):
+    with pytest.raises(DivergedError, match=r"linear, lr 0\.01 at step 1"):
         probe(request_for())
 
 

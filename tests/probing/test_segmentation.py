@@ -170,3 +170,15 @@ def test_training_batches_are_rgb_in_0_1_padded_with_the_mean_and_255(tiny_backb
     assert labels.shape == (1, 32, 32)
     assert int((labels == 1).sum()) == 600
     assert int((labels == 255).sum()) == 32 * 32 - 600
+
+
+def test_resizing_a_few_classes_at_a_time_changes_nothing(monkeypatch):
+    from clipbench.probing import segmentation
+
+    logits = torch.rand(CLASSES, 9, 11)
+    logits[3] = logits[1]  # ties go to the first class, as in argmax
+    whole = segmentation._classes_at(logits, (37, 41), False)
+    expected = torch.nn.functional.interpolate(logits[None], (37, 41), mode="bilinear")[0].argmax(0)
+    assert torch.equal(whole, expected)
+    monkeypatch.setattr(segmentation, "_RESIZED_ELEMENTS", 2 * 37 * 41)
+    assert torch.equal(segmentation._classes_at(logits, (37, 41), False), expected)
