@@ -15,11 +15,14 @@ is off, since the two sides would draw different numbers for it; everything else
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch loads
 
 import torch
 from torch import nn

@@ -47,7 +47,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
 
     _claim(folder)
     # The trained backbone must not have seen the scenes that it is probed on: another seed is another world.
-    for name, world_seed, images in (("toyworld", 1, 240), ("toyworld-pretrain", 2, 400)):
+    for name, world_seed, images in (("toyworld", 1, 240), ("toyworld-pretrain", 2, 320)):
         with screen.progress(f"rendering {name}", images, "image") as advance:
             shown = 0
 
@@ -63,7 +63,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
         entry = {"source": source, "description": "random weights: the floor", "floor": True}
         write_entry(registry, "backbones", name, entry, replace=True)
 
-    screen.note("[bold]a backbone that knows something[/]: ResNet-18, trained on the second toyworld by fine-tuning")
+    screen.note("a backbone that knows something: ResNet-18, trained on the second toyworld by fine-tuning", "bold")
     [trained] = probe(
         ProbeRequest(
             backbone="timm:resnet18",
@@ -72,7 +72,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
             lrs=(3e-3,),
             mode="finetune",
             data_root=folder / "toyworld-pretrain",
-            steps=200,
+            steps=150,
             batch_size=16,
             image_size=SIZE,
             seed=seed,
@@ -96,7 +96,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
     sheet = PredictionSheet(rows=5, height=112)
     records = []
     for backbone in ("random-vit-tiny", "random-resnet18", "trained-resnet18"):
-        screen.note(f"[bold]probing {backbone}[/]")
+        screen.note(f"probing {backbone}", "bold")
         records += probe(
             ProbeRequest(
                 backbone=backbone,
@@ -104,7 +104,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
                 heads=("linear", "pspnet"),
                 lrs=(1e-3, 1e-2),
                 data_root=folder / "toyworld",
-                steps=120,
+                steps=100,
                 image_size=SIZE,
                 seed=seed,
                 results=folder / "results",
@@ -121,7 +121,10 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
 def _claim(folder: Path) -> None:
     """Take a new or empty folder, or one of an earlier demonstration."""
     marker = folder / f".{MARKER}"
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
-        raise UsageError(f"{folder} exists and is not a clipbench demo", "Name another folder: clipbench demo DIR")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+    try:
+        if folder.exists() and any(folder.iterdir()) and not marker.exists():
+            raise UsageError(f"{folder} exists and is not a clipbench demo", "Name another folder: clipbench demo DIR")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise UsageError(f"cannot use {folder}: {error.strerror}", "Name a folder: clipbench demo DIR") from error

@@ -19,6 +19,7 @@ class ClipbenchError(Exception):
     """
 
     exit_code = 1
+    everywhere = False  # raised in every process of a distributed run alike, so that one of them may speak
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -33,6 +34,7 @@ class UsageError(ClipbenchError):
     """The command itself is wrong (unknown name, bad value); nothing was started. Exit status 2."""
 
     exit_code = 2
+    everywhere = True
 
 
 class UnknownNameError(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -55,10 +56,15 @@ app.add_typer(data)
 
 def main() -> None:
     """Entry point of the `clipbench` command: errors meant for people become a message and an exit status."""
+    # Before torch loads: threads that wait for work sleep instead of spinning. Beside other jobs on the same cores
+    # spinning made training on the CPU ten times slower; alone, sleeping costs up to a third. See
+    # benchmarks/wait_policy.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except ClipbenchError as error:
-        print_error(error, as_json="--json" in sys.argv)
+        if not (error.everywhere and int(os.environ.get("RANK", 0))):
+            print_error(error, as_json="--json" in sys.argv)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `clipbench list … | head`
         sys.exit(0)

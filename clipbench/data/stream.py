@@ -8,6 +8,7 @@ batch B takes positions s·B … s·B+B−1, however many processes share them.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,10 @@ class CorruptSample:
 class CorruptDataError(ClipbenchError):
     """An image or its annotation cannot be read."""
 
+    everywhere = True
+
     def __init__(self, samples: Sequence[CorruptSample], where: str) -> None:
+        self.samples = tuple(samples)
         listed = "\n  ".join(sample.reason for sample in samples)
         super().__init__(
             f"{where}: {len(samples)} sample{'s' if len(samples) > 1 else ''} cannot be read:\n  {listed}",
@@ -107,6 +111,7 @@ class TrainingStream(Dataset[Any]):
         seed: Decides the augmentations.
         describe: Turns (index, exception) into a sentence that names the file.
         skip_corrupt: Replace an unreadable sample by the next readable one instead of returning a `CorruptSample`.
+        indices: Where replacements come from (the training images without those held out); None for all.
     """
 
     MAX_REPLACEMENTS = 64
@@ -117,8 +122,10 @@ class TrainingStream(Dataset[Any]):
         seed: int,
         describe: Callable[[int, Exception], str],
         skip_corrupt: bool = False,
+        indices: Sequence[int] | None = None,
     ) -> None:
         self.dataset = dataset
+        self._indices = list(indices) if indices is not None else list(range(len(dataset)))
         self.metainfo = getattr(dataset, "metainfo", {})
         self._seed = seed
         self._describe = describe
@@ -129,10 +136,11 @@ class TrainingStream(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         position, index = key
+        place = bisect.bisect_left(self._indices, index)
         skipped: list[CorruptSample] = []
         with _seeded(stable_seed(self._seed, "augment", position)):
             for attempt in range(self.MAX_REPLACEMENTS):
-                candidate = (index + attempt) % len(self.dataset)
+                candidate = self._indices[(place + attempt) % len(self._indices)]
                 sample = load_or_corrupt(self.dataset, candidate, self._describe)
                 if not isinstance(sample, CorruptSample):
                     if skipped:
@@ -141,10 +149,7 @@ class TrainingStream(Dataset[Any]):
                 skipped.append(sample)
                 if not self._skip_corrupt:
                     return sample
-        raise ClipbenchError(
-            f"{self.MAX_REPLACEMENTS} samples in a row cannot be read, the first: {skipped[0].reason}",
-            "Run `clipbench data check` on this data set.",
-        )
+        return CorruptSample(index, f"{self.MAX_REPLACEMENTS} in a row cannot be read, the first: {skipped[0].reason}")
 
 
 class EvaluationStream(Dataset[Any]):

@@ -42,9 +42,10 @@ class ConfusionMetric:
         """
         label = label.to(self._matrix.device).long()
         prediction = prediction.to(self._matrix.device).long()
-        valid = label != self.ignore_index
-        pairs = label[valid] * self.num_classes + prediction[valid]
-        counts = torch.bincount(pairs, minlength=self.num_classes**2)
+        # Ignored pixels get a bin of their own: selecting the others would make the host wait for a GPU.
+        ignored = self.num_classes**2
+        pairs = torch.where(label == self.ignore_index, ignored, label * self.num_classes + prediction)
+        counts = torch.bincount(pairs.flatten(), minlength=ignored + 1)[:ignored]
         image = counts.view(self.num_classes, self.num_classes)
         self._matrix += image
         return torch.stack([image.diagonal(), image.sum(0), image.sum(1)]).cpu()
@@ -60,7 +61,7 @@ class ConfusionMetric:
         Raises:
             ValueError: No labelled pixel was processed.
         """
-        matrix = self._matrix.double().cpu()
+        matrix = self._matrix.cpu().double()  # Apple's MPS has no float64
         if matrix.sum() == 0:
             raise ValueError("no labelled pixel was evaluated")
         intersection, predicted, labelled = matrix.diagonal(), matrix.sum(0), matrix.sum(1)

@@ -38,6 +38,9 @@ def probe(request: ProbeRequest, screen: Screen | None = None, sheet: Prediction
 
     mmlab.setup()
 
+    from clipbench.backbones import describe
+    from clipbench.probing.preflight import check_parts
     from clipbench.probing.run import execute
 
+    check_parts(plan, describe(plan.backbone).output)
     return execute(plan, screen or Screen(silent=True), sheet)

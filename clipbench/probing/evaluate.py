@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from clipbench.data.stream import CorruptDataError
+from clipbench.errors import ClipbenchError
 from clipbench.metrics import ConfusionMetric
 from clipbench.probing import segmentation
 from clipbench.probing.model import SweepModel
+from clipbench.probing.processes import anywhere, gather
 
 # Called with (trial key, target, (H, W) predicted classes, (3, C) counts of `ConfusionMetric.process`) for each image.
 Observer = Callable[[str, segmentation.Target, Tensor, Tensor], None]
@@ -88,16 +90,17 @@ def evaluate(
 
     Raises:
         CorruptDataError: An image cannot be read.
-        ValueError: There was no labelled pixel at all.
+        ClipbenchError: There was no labelled pixel at all.
     """
     model.eval()
     metrics = {key: ConfusionMetric(num_classes, device=device) for key in heads}
-    timing, skipped = Timing(), []
+    timing, skipped, corrupt = Timing(), [], []
     preprocess = model.data_preprocessor
     clock = time.perf_counter()
     for batch in loader:
         if batch["corrupt"] and not skip_corrupt:
-            raise CorruptDataError(batch["corrupt"], where)
+            corrupt = batch["corrupt"]
+            break
         skipped += [sample.reason for sample in batch["corrupt"]]
         images, targets = preprocess(batch, training=False) if batch["inputs"] else (None, [])
         clock, timing.data = time.perf_counter(), timing.data + time.perf_counter() - clock
@@ -108,6 +111,8 @@ def evaluate(
                     model.features, heads, pixels, target, inference, preprocess.multiple, preprocess.fill
                 )
                 for key, prediction in predictions:
+                    if device.type == "cuda":  # or the metric would be charged for the models' work
+                        torch.cuda.synchronize(device)
                     clock, timing.inference = time.perf_counter(), timing.inference + time.perf_counter() - clock
                     counts = metrics[key].process(prediction, target.label)
                     if observer:
@@ -115,8 +120,15 @@ def evaluate(
                     clock, timing.metric = time.perf_counter(), timing.metric + time.perf_counter() - clock
             timing.images += 1
             on_image()
+    if anywhere(bool(corrupt)):
+        raise CorruptDataError([sample for part in gather(corrupt) for sample in part], where)
     scores, per_class = {}, {}
     for key, metric in metrics.items():
         metric.merge_processes()
-        scores[key], per_class[key] = metric.compute()
+        try:
+            scores[key], per_class[key] = metric.compute()
+        except ValueError as error:
+            raise ClipbenchError(
+                f"{where}: {error} ({len(skipped)} images could not be read)", "Check the data: clipbench data check"
+            ) from error
     return Evaluation(scores, per_class, timing, skipped)

@@ -20,6 +20,14 @@ class ProcessFailedError(ClipbenchError):
         self.exit_code = exit_code if exit_code > 0 else 1
 
 
+class StoppedError(ClipbenchError):
+    """The run was stopped by a signal, which all processes received."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped", "The same command with --resume goes on from the last checkpoint.")
+        self.exit_code = 128 + int(number)
+
+
 def under_launcher() -> bool:
     """Whether torchrun (or this module) started the process."""
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -34,11 +42,13 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
     import logging
     import uuid
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Its own banners and tracebacks say nothing that the processes have not said.
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # One thread pool a process, or they fight over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
     config = LaunchConfig(
@@ -53,6 +63,8 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "clipbench", *arguments)
+    except SignalException as error:
+        raise StoppedError(error.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ProcessFailedError(failure.exitcode, rank) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.probing.knobs import check_knobs
 from clipbench.probing.recipes import METRICS, REQUIRED, RecipeInfo, find_recipe, load_recipe, protocol_of
 from clipbench.registry import BackboneEntry, Registry, load_registry
 
@@ -146,12 +146,14 @@ class Plan:
     @property
     def run_hash(self) -> str:
         """Twelve hex digits that name this very request: `--resume` goes on with a run that has the same."""
+        # Skipping corrupt files is no part of it: that is what a run which met one is resumed with.
+        protocols = {head: {**self.protocol(head), "skip_corrupt": None} for head in self.heads}
         identity = {
             "backbone": self.backbone.source,
             "checkpoint": str(self.backbone.checkpoint or ""),
             "input": self.backbone.input.model_dump(mode="json") if self.backbone.input else None,
             "task": self.recipe.name,
-            "heads": {head: self.protocol(head) for head in self.heads},
+            "heads": protocols,
             "mode": self.request.mode,
             "precision": self.request.precision,
             "seed": self.request.seed,
@@ -167,7 +169,7 @@ class Plan:
             return self.request.command
         request = self.request
         words = ["clipbench", "probe", "--backbone", request.backbone, "--task", request.task]
-        words += ["--head", ",".join(self.heads), "--lr", ",".join(f"{lr:g}" for lr in self.lrs)]
+        words += ["--head", ",".join(self.heads), "--lr", ",".join(map(repr, self.lrs))]
         words += ["--mode", request.mode, "--seed", str(request.seed), "--precision", request.precision]
         for flag, value in (
             ("--steps", request.steps),
@@ -205,6 +207,8 @@ def resolve(request: ProbeRequest) -> Plan:
     if request.evaluation is not None:
         _check_choice("--eval", request.evaluation, EVALUATIONS)
     _check_no_repeats("--head", heads)
+    if not 0 <= request.seed < 2**32:
+        raise UsageError(f"--seed must be in [0, 2³²), got {request.seed}")
     if request.nproc < 1:
         raise UsageError(f"--nproc must be at least 1, got {request.nproc}")
 
@@ -215,8 +219,8 @@ def resolve(request: ProbeRequest) -> Plan:
 
     check_source(backbone)
     config = load_recipe(recipe, _overrides(request))
+    check_knobs(config.to_dict())
     lrs = tuple(float(lr) for lr in config.lrs)
-    _check_values(config, lrs)
     world_size = int(os.environ.get("WORLD_SIZE", request.nproc))
     _check_batch(config, world_size)
 
@@ -255,34 +259,6 @@ def _check_no_repeats(flag: str, values: Sequence[Any]) -> None:
         raise UsageError(f"{flag} names {', '.join(repeated)} more than once")
 
 
-def _check_values(config: Config, lrs: Sequence[float]) -> None:
-    """All values out of range, at once."""
-    problems = []
-    for name in ("image_size", "steps", "batch_size"):
-        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
-            problems.append(f"{name} must be a whole number of at least 1, got {config[name]!r}")
-    if not lrs or any(not (lr > 0 and math.isfinite(lr)) for lr in lrs):
-        problems.append(f"learning rates must be positive, got {list(lrs)}")
-    if len(set(lrs)) < len(lrs):
-        problems.append(f"a learning rate is named more than once: {list(lrs)}")
-    if config.lr_schedule not in ("poly", "cosine"):
-        problems.append(f"lr_schedule must be 'poly' or 'cosine', got {config.lr_schedule!r}")
-    if isinstance(config.steps, int) and not 0 <= config.warmup_steps < max(config.steps, 1):
-        problems.append(f"warmup_steps must be in [0, steps), got {config.warmup_steps} of {config.steps}")
-    if config.clip_grad is not None and not config.clip_grad > 0:
-        problems.append(f"clip_grad must be positive or None, got {config.clip_grad}")
-    if not 0 <= config.holdout["fraction"] < 1:
-        problems.append(f"holdout.fraction must be in [0, 1), got {config.holdout['fraction']}")
-    if config.holdout["fraction"] == 0 and len(lrs) > 1:
-        problems.append("several learning rates need held-out images to choose by, but holdout.fraction is 0")
-    if config.evaluation["mode"] not in EVALUATIONS:
-        problems.append(f"evaluation.mode must be one of {', '.join(EVALUATIONS)}, got {config.evaluation['mode']!r}")
-    elif not 0 < config.evaluation["stride"] <= config.evaluation["window"]:
-        problems.append("evaluation.stride must be in (0, window], or pixels between windows are never seen")
-    if problems:
-        raise UsageError("the settings do not work:\n  " + "\n  ".join(problems), "Change them with flags or --set.")
-
-
 def _check_batch(config: Config, world_size: int) -> None:
     if config.batch_size % world_size:
         raise UsageError(
@@ -316,12 +292,14 @@ def find_run(plan: Plan) -> tuple[Path, RunState]:
         for path in reversed(existing):
             if all((plan.request.results / name).exists() for name in json.loads((path / FINISHED).read_text())):
                 return path, "finished"
-    number = int(existing[-1].name.rpartition("-")[2]) + 1 if existing else 1
-    path = parent / f"{plan.run_hash}-{number}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClipbenchError(
-            f"cannot make {path}: {error.strerror}", "Choose another folder with --results."
-        ) from error
-    return path, "new"
+    number = int(existing[-1].name.rpartition("-")[2]) if existing else 0
+    while True:
+        number += 1
+        path = parent / f"{plan.run_hash}-{number}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # another process took it this very moment
+            continue
+        except OSError as error:
+            raise ClipbenchError(f"cannot make {path}: {error.strerror}", "Choose another --results folder.") from error
+        return path, "new"

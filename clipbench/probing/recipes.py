@@ -49,6 +49,9 @@ REQUIRED = (
 )
 
 
+FIXED = ("family", "dataset")  # the task itself, and no setting of it
+
+
 @dataclass(frozen=True)
 class RecipeInfo:
     """What can be said of a recipe without executing it.
@@ -84,18 +87,9 @@ def catalogue() -> list[RecipeInfo]:
     Raises:
         ClipbenchError: A recipe is not valid Python or lacks required names; all such files at once.
     """
-    found: dict[str, Path] = {}
-    for folder in (shipped("probes"), Path.cwd() / "probes"):
-        if folder.is_dir():
-            found |= {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.py"))}
-    infos, problems = [], []
-    for name in sorted(found):
-        try:
-            infos.append(_read_info(name, found[name]))
-        except (SyntaxError, ValueError) as error:
-            problems.append(f"{found[name]}: {error}")
+    infos, problems = _read_all()
     if problems:
-        raise ClipbenchError("some recipes cannot be read:\n  " + "\n  ".join(problems))
+        raise ClipbenchError("some recipes cannot be read:\n  " + "\n  ".join(problems.values()))
     return infos
 
 
@@ -104,8 +98,12 @@ def find_recipe(task: str) -> RecipeInfo:
 
     Raises:
         UnknownNameError: There is none; the nearest names are given.
+        ClipbenchError: Its file cannot be read.
     """
-    recipes = {info.name: info for info in catalogue()}
+    infos, problems = _read_all()
+    if task in problems:
+        raise ClipbenchError(f"the recipe cannot be read: {problems[task]}")
+    recipes = {info.name: info for info in infos}
     if task not in recipes:
         raise UnknownNameError("task", task, recipes, see="clipbench list tasks")
     return recipes[task]
@@ -128,9 +126,13 @@ def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any]) -> Config:
     tree = ast.parse(info.path.read_text(encoding="utf-8"), filename=str(info.path))
     assigned = _assignments(tree)
     for key, value in overrides.items():
+        if key in FIXED:
+            raise UsageError(
+                f"'{key}' cannot be changed: it is what makes the task {info.name}",
+                "Choose another --task, or copy the recipe into ./probes/ and edit it.",
+            )
         if key in assigned:
             assigned[key].value = ast.parse(repr(value), mode="eval").body
-    _absolute_bases(assigned, info.path.parent)
     try:
         config = Config.fromstring(ast.unparse(ast.fix_missing_locations(tree)), file_format=".py")
     except (ArithmeticError, TypeError, ValueError, IndexError, KeyError) as error:
@@ -176,11 +178,30 @@ def protocol_of(config: Config) -> dict[str, Any]:
     return _jsonable(plain)
 
 
+def _read_all() -> tuple[list[RecipeInfo], dict[str, str]]:
+    """Recipes in force, sorted by name, and what is wrong with those that cannot be read."""
+    found: dict[str, Path] = {}
+    for folder in (shipped("probes"), Path.cwd() / "probes"):
+        if folder.is_dir():
+            files = (path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_"))
+            found |= {path.stem.replace("_", "-"): path for path in files}
+    infos, problems = [], {}
+    for name in sorted(found):
+        try:
+            infos.append(_read_info(name, found[name]))
+        except (SyntaxError, ValueError) as error:
+            problems[name] = f"{found[name]}: {error}"
+    return infos, problems
+
+
 def _read_info(name: str, path: Path) -> RecipeInfo:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     header = ast.get_docstring(tree) or ""
     assigned = _assignments(tree)
-    missing = [key for key in REQUIRED if key not in assigned and "_base_" not in assigned]
+    if "_base_" in assigned:
+        # What follows from a knob is worked out where it is written, so a base could not follow its child's knobs.
+        raise ValueError("_base_ is not supported in recipes; copy the other recipe instead")
+    missing = [key for key in REQUIRED if key not in assigned]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
     family = _literal(assigned, "family", "")
@@ -205,15 +226,6 @@ def _assignments(tree: ast.Module) -> dict[str, ast.Assign]:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node
     return found
-
-
-def _absolute_bases(assigned: Mapping[str, ast.Assign], folder: Path) -> None:
-    """mmengine resolves `_base_` against the file's folder; the executed copy lies elsewhere."""
-    if "_base_" not in assigned:
-        return
-    bases = ast.literal_eval(assigned["_base_"].value)
-    resolved = [str((folder / base).resolve()) for base in ([bases] if isinstance(bases, str) else bases)]
-    assigned["_base_"].value = ast.parse(repr(resolved), mode="eval").body
 
 
 def _literal(assigned: Mapping[str, ast.Assign], name: str, default: Any) -> Any:

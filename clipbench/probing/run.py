@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,14 @@ from torch.utils.data import DataLoader
 from clipbench.backbones import build, weights_sha256
 from clipbench.backbones.base import Backbone
 from clipbench.data.fingerprint import dataset_fingerprint
-from clipbench.data.stream import EvaluationStream, PositionSampler, ShardSampler, TrainingStream, stable_seed
+from clipbench.data.stream import (
+    CorruptDataError,
+    EvaluationStream,
+    PositionSampler,
+    ShardSampler,
+    TrainingStream,
+    stable_seed,
+)
 from clipbench.errors import ClipbenchError, UsageError
 from clipbench.mmlab import log_to_file
 from clipbench.probing import segmentation
@@ -29,6 +35,7 @@ from clipbench.probing.features import LiveFeatures
 from clipbench.probing.model import SweepModel
 from clipbench.probing.pictures import PredictionSheet
 from clipbench.probing.plan import FINISHED, Plan, Trial, find_run
+from clipbench.probing.processes import agree, barrier, gather, processes
 from clipbench.probing.runner import (
     CHECKPOINT,
     DivergedError,
@@ -44,6 +51,7 @@ from clipbench.results import (
     BackboneInfo,
     DatasetInfo,
     FeatureMap,
+    FileFit,
     PerImageWriter,
     Record,
     Score,
@@ -59,8 +67,9 @@ from clipbench.results import (
     write_record,
 )
 from clipbench.results import Trial as TriedRate
-from clipbench.results.record import read_record, slug
+from clipbench.results.record import read_record, slug, write_text_atomically
 
+RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else
 
 
@@ -99,15 +108,19 @@ class _Pass:
     Attributes:
         model: With trained heads.
         seconds: Training time, interrupted parts included.
-        skipped: Training images that were replaced.
+        seconds_before: Of it, that of earlier sessions.
+        skipped: Training images that were replaced, and why.
         holdout: Main score on the held-out images by trial key.
+        holdout_skipped: Held-out images that could not be read.
         diverged: Step by trial key.
     """
 
     model: SweepModel
     seconds: float
+    seconds_before: float
     skipped: dict[int, str]
     holdout: dict[str, float]
+    holdout_skipped: list[str]
     diverged: dict[str, int]
 
 
@@ -134,6 +147,7 @@ class _Run:
         self.resuming = resuming
         self.shared_sheet = shared_sheet
         self.started = time.perf_counter()
+        self.unreadable: set[str] = set()  # files that stopped the run, now or before
 
     def execute(self) -> list[Record]:
         self.load_backbone()
@@ -160,6 +174,9 @@ class _Run:
             f"backbone: {self.backbone.name} ({origin.source}), map {fmap.name}: {fmap.channels} channels at stride "
             f"{fmap.stride} (loaded in {seconds:.1f} s)"
         )
+        report = getattr(self.backbone, "load_report", None)
+        if report is not None:
+            self.screen.note(report.summary())
         if origin.origin == "random":
             frozen = self.request.mode == "frozen"
             meaning = "this row is a floor, not a result" if frozen else "training starts from scratch"
@@ -188,14 +205,14 @@ class _Run:
         self.train_indices, self.holdout_indices = split_holdout(len(self.train_set), **config.holdout)
         if not self.train_indices:
             raise ClipbenchError(f"no training images in {root}", "Check it: clipbench data check")
-        files = [
+        self.files = [
             Path(file)
             for dataset in (self.train_set, self.val_set)
             for index in range(len(dataset))
             for file in segmentation.sample_files(dataset, index)
             if file
         ]
-        self.data_fingerprint = dataset_fingerprint(files, root)
+        self.data_fingerprint = dataset_fingerprint(self.files, root)
         self.screen.note(
             f"data: {root} ({len(self.train_indices)} training images, {len(self.holdout_indices)} held out, "
             f"{len(self.val_set)} validation, {len(self.classes)} classes)"
@@ -221,24 +238,57 @@ class _Run:
     # --- guard ------------------------------------------------------------------------------------------------------
 
     def check_same_as_before(self) -> None:
-        """A resumed run must see the weights and the data that it started with."""
-        state = {
-            "backbone": self.request.backbone,
-            "weights_sha256": self.weights_sha256,
-            "dataset_fingerprint": self.data_fingerprint,
-            "command": self.plan.command,
-        }
-        path = self.run_dir / "run.json"
-        if self.resuming and path.exists():
-            before = json.loads(path.read_text())
-            changed = [key for key in ("weights_sha256", "dataset_fingerprint") if before[key] != state[key]]
+        """A resumed run must see the weights and the data that it started with, mended files apart."""
+        if self.resuming and (self.run_dir / RUN_FILE).exists():
+            before = json.loads((self.run_dir / RUN_FILE).read_text())
+            changed = []
+            if before["weights_sha256"] != self.weights_sha256:
+                changed.append("the backbone's weights")
+            if before["dataset_fingerprint"] != self.data_fingerprint and not self.only_mended(before):
+                changed.append("the data set's files")
             if changed:
                 raise ClipbenchError(
                     f"cannot resume {self.run_dir}: {' and '.join(changed)} differ from when it started",
                     "Put the old files back, or start anew by leaving out --resume.",
                 )
-        elif self.rank == 0:
-            path.write_text(json.dumps(state, indent=2) + "\n")
+            self.unreadable = set(before["unreadable"])
+        self.write_state()
+
+    def only_mended(self, before: dict[str, Any]) -> bool:
+        """Whether nothing but files that could not be read is different now."""
+        others = [file for file in self.files if str(file) not in before["unreadable"]]
+        return bool(before["unreadable"]) and before["others_fingerprint"] == dataset_fingerprint(
+            others, self.plan.root
+        )
+
+    def write_state(self) -> None:
+        """What a resumed run is compared with."""
+        if self.rank != 0:
+            return
+        others = [file for file in self.files if str(file) not in self.unreadable]
+        state = {
+            "backbone": self.request.backbone,
+            "weights_sha256": self.weights_sha256,
+            "dataset_fingerprint": self.data_fingerprint,
+            # Files that stopped the run: they may be mended, everything else must stay as it is.
+            "unreadable": sorted(self.unreadable),
+            "others_fingerprint": dataset_fingerprint(others, self.plan.root) if self.unreadable else None,
+            "command": self.plan.command,
+        }
+        write_text_atomically(self.run_dir / RUN_FILE, json.dumps(state, indent=2) + "\n")
+
+    @contextmanager
+    def noting_unreadable(self, dataset: Any) -> Iterator[None]:
+        """Remembers which files stopped the run, so that it can go on once they are mended."""
+        try:
+            yield
+        except CorruptDataError as error:
+            for sample in error.samples:
+                self.unreadable |= {
+                    str(Path(file)) for file in segmentation.sample_files(dataset, sample.index) if file
+                }
+            self.write_state()
+            raise
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -247,14 +297,16 @@ class _Run:
         runner = self.train_pass(number, trials)
         model: SweepModel = runner.model
         diverged = model.divergence()
-        alive = {trial.key: trial for trial in trials if trial.key not in diverged}
-        undecided = {key for key, trial in alive.items() if len(self.plan.lrs) > 1}
-        holdout = self.score_holdout(number, model, sorted(undecided)) if undecided else {}
-        return _Pass(model, runner.seconds, runner.skipped, holdout, diverged)
+        alive = sorted(trial.key for trial in trials if trial.key not in diverged)
+        holdout, unread = self.score_holdout(number, model, alive) if alive and len(self.plan.lrs) > 1 else ({}, [])
+        return _Pass(model, runner.seconds, runner.seconds_before, runner.skipped, holdout, unread, diverged)
 
     def build_model(self, trials: Sequence[Trial]) -> SweepModel:
         frozen = self.request.mode == "frozen"
         backbone = self.backbone if frozen else self.fresh_backbone()
+        sync_batch_norm = self.plan.world_size > 1 and self.device.type == "cuda"
+        if sync_batch_norm and not frozen:
+            backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
         size = self.config.image_size
         return SweepModel(
             features=LiveFeatures(backbone, (self.config.layer,), frozen=frozen),
@@ -266,7 +318,7 @@ class _Run:
                     len(self.classes),
                     # Without the rate: all rates of a head start from the same parameters.
                     key=f"{self.request.seed}/{trial.head}",
-                    sync_batch_norm=self.plan.world_size > 1 and self.device.type == "cuda",
+                    sync_batch_norm=sync_batch_norm,
                 )
                 for trial in trials
             },
@@ -291,6 +343,7 @@ class _Run:
             seed,
             lambda i, e: segmentation.describe_failure(dataset, i, e),
             self.request.skip_corrupt,
+            self.train_indices,
         )
         sampler = PositionSampler(self.train_indices, share, seed, self.rank, self.plan.world_size)
         work_dir = self.run_dir / f"pass-{number}"
@@ -300,7 +353,10 @@ class _Run:
             screen.note(f"resuming at step {done} of {config.steps}")
         reported: set[str] = set()
         what = ", ".join(labels.values()) if len(labels) <= 2 else f"{len(labels)} heads"
-        with screen.progress(f"training {what}", config.steps, "step", done) as advance:
+        with (
+            self.noting_unreadable(dataset),
+            screen.progress(f"training {what}", config.steps, "step", done) as advance,
+        ):
 
             def on_step(step: int, losses: dict[str, float]) -> None:
                 nonlocal done
@@ -324,7 +380,6 @@ class _Run:
                 seed=seed,
                 device=self.device,
                 work_dir=work_dir,
-                labels=labels,
                 name=f"{self.run_dir.name}-{number}-{time.monotonic_ns()}",
                 on_step=on_step,
                 checkpoint_interval=config.runtime["checkpoint_interval"],
@@ -333,16 +388,20 @@ class _Run:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def score_holdout(self, number: int, model: SweepModel, keys: list[str]) -> dict[str, float]:
-        """Main score of each trial on the held-out images; remembered, so that a resumed run does not repeat it."""
+    def score_holdout(self, number: int, model: SweepModel, keys: list[str]) -> tuple[dict[str, float], list[str]]:
+        """Main score of each trial on the held-out images, and those of them that could not be read.
+
+        Remembered, so that a resumed run does not repeat it.
+        """
         path = self.run_dir / f"pass-{number}" / "holdout.json"
         if agree(path.exists()):
-            return agree(json.loads(path.read_text()) if self.rank == 0 else None)
+            known = agree(json.loads(path.read_text()) if self.rank == 0 else None)
+            return known["scores"], known["skipped"]
         evaluation = self.evaluate_split(model, keys, self.holdout_set, self.holdout_indices, "held-out images")
         scores = {key: evaluation.scores[key][self.plan.metric[0]] for key in keys}
         if self.rank == 0:
-            path.write_text(json.dumps(scores))
-        return scores
+            write_text_atomically(path, json.dumps({"scores": scores, "skipped": evaluation.skipped}))
+        return scores, evaluation.skipped
 
     def evaluate_split(
         self,
@@ -358,8 +417,8 @@ class _Run:
             config["mode"], config["window"], config["stride"], self.config.runtime["window_batch"]
         )
         share = len(range(self.rank, len(indices), self.plan.world_size))
-        with self.screen.progress(f"evaluating {where}", share, "image") as advance:
-            return evaluate(
+        with self.screen.progress(f"evaluating {where}", share, "image") as advance, self.noting_unreadable(dataset):
+            evaluation = evaluate(
                 model,
                 {key: model.heads[key] for key in keys},
                 self.evaluation_loader(dataset, indices),
@@ -371,6 +430,7 @@ class _Run:
                 observer=observer,
                 on_image=lambda: advance(1, ""),
             )
+        return merged(evaluation)
 
     def choose(self, passes: Sequence[_Pass]) -> dict[str, Trial]:
         """The best rate of each head, by the held-out score; the smaller rate where they tie.
@@ -387,9 +447,15 @@ class _Run:
             if alive:
                 best[head] = max(alive, key=lambda trial: (sign * holdout.get(trial.key, 0.0), -trial.lr))
             else:
-                self.screen.warn(f"{head}: every learning rate diverged; no record for it")
+                self.screen.warn(f"{head}: every learning rate diverged, no record for it")
         if not best:
-            raise DivergedError("every head diverged at every learning rate", "Try a lower rate with --lr.")
+            steps = {key: step for one in passes for key, step in one.diverged.items()}
+            listed = ", ".join(f"{trial.label} at step {steps[trial.key]}" for trial in self.plan.trials)
+            raise DivergedError(
+                f"the loss of every head stopped being finite: {listed}",
+                "Lower the learning rate (--lr), set a gradient clip (--set clip_grad=1.0), or look at the data "
+                "(clipbench data check).",
+            )
         return best
 
     # --- results ----------------------------------------------------------------------------------------------------
@@ -420,6 +486,8 @@ class _Run:
         write_leaderboard(self.request.results)
         for number in range(len(passes)):  # the heads are saved; optimiser states are of no more use
             (self.run_dir / f"pass-{number}" / CHECKPOINT).unlink(missing_ok=True)
+        for split, count in records[0].dataset.skipped_corrupt.items():
+            self.screen.warn(f"{count} images of the {split} split could not be read and were left out")
         names = [path.relative_to(self.request.results).as_posix() for path in paths]
         (self.run_dir / FINISHED).write_text(json.dumps(names) + "\n")
         return records
@@ -431,7 +499,10 @@ class _Run:
         holdout = {key: score for one in passes for key, score in one.holdout.items()}
         diverged = {key: step for one in passes for key, step in one.diverged.items()}
         rates = [one for one in self.plan.trials if one.head == head]
-        skipped = sum(len(one.skipped) for one in passes)
+        skipped = {
+            "train": len({index for one in passes for index in one.skipped}),
+            "holdout": len({reason for one in passes for reason in one.holdout_skipped}),
+        }
         protocol = self.plan.protocol(head)
         if self.plan.world_size > 1 and self.device.type != "cuda":
             protocol["batch_norm_processes"] = self.plan.world_size  # no synchronised batch norm on the CPU
@@ -442,8 +513,8 @@ class _Run:
                 source=entry.source,
                 architecture=backbone.architecture,
                 alias_file=str(entry.file) if entry.file else None,
-                weights=Weights(**asdict(backbone.weights), sha256=self.weights_sha256),
-                floor=entry.floor or backbone.weights.origin == "random",
+                weights=Weights(**asdict(backbone.weights), sha256=self.weights_sha256, file=file_fit(backbone)),
+                floor=self.request.mode == "frozen" and (entry.floor or backbone.weights.origin == "random"),
                 input=asdict(backbone.input),
                 features=(FeatureMap(**asdict(fmap)),),
             ),
@@ -453,10 +524,10 @@ class _Run:
             dataset=DatasetInfo(
                 name=self.plan.recipe.dataset,
                 fingerprint=self.data_fingerprint,
-                n_train=len(self.train_indices),
-                n_holdout=len(self.holdout_indices),
+                n_train=len(self.train_indices) - skipped["train"],
+                n_holdout=len(self.holdout_indices) - skipped["holdout"],
                 n_val=len(self.val_set),
-                skipped_corrupt={"train": skipped} if skipped else {},
+                skipped_corrupt={split: count for split, count in skipped.items() if count},
             ),
             metric=Score(name=name, direction=direction, unit="%"),
             scores={name: 0.0},
@@ -476,7 +547,7 @@ class _Run:
             seed=self.request.seed,
             environment=environment(str(self.device)),
             timings=Timings(
-                wall_s=0.0,
+                wall_s=sum(one.seconds_before for one in passes),
                 train_s=sum(one.seconds for one in passes),
                 train_images_per_s=len(passes)
                 * self.config.steps
@@ -519,7 +590,7 @@ class _Run:
         if self.rank == 0 and self.plan.world_size > 1:
             for writer in writers.values():
                 merge_parts(writer.path, self.plan.world_size)
-        return gather(evaluation)
+        return evaluation
 
     def save_heads(self, model: SweepModel, best: dict[str, Trial], drafts: dict[str, Record]) -> None:
         """The trained heads, so that a number can be looked into; fine-tuned, the backbone too, as `ckpt:` takes it."""
@@ -558,16 +629,19 @@ class _Run:
         skipped = dict(draft.dataset.skipped_corrupt)
         if evaluation.skipped:
             skipped["val"] = len(evaluation.skipped)
-            self.screen.warn(f"{len(evaluation.skipped)} validation images could not be read and were left out")
         return Record(
             **{
                 **draft.model_dump(exclude={"protocol_id", "fingerprint", "created"}),
                 "scores": evaluation.scores[trial.key],
                 "per_class": dict(zip(self.classes, evaluation.per_class[trial.key], strict=True)),
-                "dataset": {**draft.dataset.model_dump(), "skipped_corrupt": skipped},
+                "dataset": {
+                    **draft.dataset.model_dump(),
+                    "n_val": len(self.val_set) - len(evaluation.skipped),
+                    "skipped_corrupt": skipped,
+                },
                 "timings": {
                     **draft.timings.model_dump(),
-                    "wall_s": time.perf_counter() - self.started,
+                    "wall_s": draft.timings.wall_s + time.perf_counter() - self.started,
                     "eval_s": timing.total,
                     "eval_images_per_s": timing.images / max(timing.total, 1e-9),
                     "data_s": timing.data,
@@ -593,6 +667,19 @@ def finished_records(plan: Plan, run_dir: Path) -> list[Record]:
     """The records that a finished run wrote."""
     names = json.loads((run_dir / FINISHED).read_text())
     return [read_record(plan.request.results / name) for name in names]
+
+
+def file_fit(backbone: Backbone) -> FileFit | None:
+    """The load report of a backbone as it goes into a record."""
+    report = getattr(backbone, "load_report", None)
+    if report is None:
+        return None
+    return FileFit(
+        matched=report.matched,
+        missing=report.missing,
+        unexpected=report.unexpected,
+        mismatched=tuple(name for name, _, _ in report.mismatched),
+    )
 
 
 def split_holdout(count: int, fraction: float, max_images: int) -> tuple[list[int], list[int]]:
@@ -654,49 +741,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[int]:
-    """Joins the other processes where a launcher (torchrun) started several; yields this one's rank."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    try:
-        yield torch.distributed.get_rank()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def agree(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def gather(evaluation: Evaluation) -> Evaluation:
-    """Times and skipped files of all processes; the scores are everybody's already."""
-    if not torch.distributed.is_initialized():
-        return evaluation
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (evaluation.timing, evaluation.skipped))
-    timings = [part[0] for part in parts]
+def merged(evaluation: Evaluation) -> Evaluation:
+    """With the times and skipped files of all processes; the scores are everybody's already."""
+    parts = gather((evaluation.timing, evaluation.skipped))
+    timings = [timing for timing, _ in parts]
     timing = Timing(
         data=max(one.data for one in timings),
         inference=max(one.inference for one in timings),
         metric=max(one.metric for one in timings),
         images=sum(one.images for one in timings),
     )
-    return replace(evaluation, timing=timing, skipped=[reason for part in parts for reason in part[1]])
+    return replace(evaluation, timing=timing, skipped=[reason for _, skipped in parts for reason in skipped])
 
 
 def _quiet_worker(_: int) -> None:

@@ -14,27 +14,38 @@ import torch
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
-from mmengine.registry import LOOPS, OPTIMIZERS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.registry import LOG_PROCESSORS, LOOPS, OPTIMIZERS
+from mmengine.runner import IterBasedTrainLoop, LogProcessor, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from clipbench.data.stream import CorruptDataError, CorruptSample
 from clipbench.errors import ClipbenchError
 from clipbench.probing.model import SweepModel, SweepOptimWrapper
+from clipbench.probing.processes import anywhere, average_buffers, gather, rank
 
 CHECKPOINT = "checkpoint.pth"
-_SYNC_STOP_EVERY = 10  # steps between two looks at whether another process was asked to stop
 
 
 class InterruptedRunError(ClipbenchError):
     """The run was asked to stop and left a checkpoint."""
 
     exit_code = 130
+    everywhere = True
 
 
 class DivergedError(ClipbenchError):
     """The loss of every head stopped being finite."""
+
+    everywhere = True
+
+
+@LOG_PROCESSORS.register_module()
+class ProbeLogProcessor(LogProcessor):
+    """mmengine's, which resets the GPU's peak memory at every line; the record wants the peak of the whole run."""
+
+    def _get_max_memory(self, runner: Runner) -> int:
+        return int(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else 0
 
 
 def collate(samples: Sequence[Any]) -> dict[str, Any]:
@@ -61,9 +72,10 @@ class ProbeTrainLoop(IterBasedTrainLoop):
 
     def run_iter(self, data_batch: dict[str, Any]) -> None:
         """One step."""
-        if data_batch["corrupt"]:
+        if anywhere(bool(data_batch["corrupt"])):  # all processes stop together, or the others wait for ever
             self.runner.save_progress(self._iter)
-            raise CorruptDataError(data_batch["corrupt"], f"training, step {self._iter + 1}")
+            corrupt = [sample for part in gather(data_batch["corrupt"]) for sample in part]
+            raise CorruptDataError(corrupt, f"training, step {self._iter + 1}")
         for sample in data_batch["skipped"]:
             self.runner.skipped.setdefault(sample.index, sample.reason)
         super().run_iter(data_batch)
@@ -83,16 +95,15 @@ class ProbeRunner(Runner):
     def __init__(self, device: torch.device, **kwargs: Any) -> None:
         self._device = device
         self.skipped: dict[int, str] = {}  # training samples that were replaced: index → why
-        self.resumed_at = 0
         self._has_loaded = False
-        self._seconds_before = 0.0
+        self.seconds_before = 0.0  # training time of earlier sessions of this run
         self._started = time.perf_counter()
         super().__init__(**kwargs)
 
     @property
     def seconds(self) -> float:
         """Training time so far, interrupted parts included."""
-        return self._seconds_before + time.perf_counter() - self._started
+        return self.seconds_before + time.perf_counter() - self._started
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         """Move to the device; give every process the first one's parameters."""
@@ -103,8 +114,10 @@ class ProbeRunner(Runner):
         return model
 
     def save_progress(self, steps_done: int) -> None:
-        """Write the checkpoint, whole or not at all; the first process alone."""
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        """Write the checkpoint, whole or not at all. All processes must call it; the first one writes."""
+        average_buffers(self.model)
+        self.skipped = {index: reason for part in gather(self.skipped) for index, reason in part.items()}
+        if rank() != 0:
             return
         temporary = f".{CHECKPOINT}.{os.getpid()}"
         meta = {"epoch": 0, "iter": steps_done, "skipped": dict(self.skipped), "seconds": self.seconds}
@@ -114,10 +127,13 @@ class ProbeRunner(Runner):
     def load_progress(self) -> None:
         """Resume from the checkpoint in the work folder where there is one."""
         path = Path(self.work_dir) / CHECKPOINT
+        if rank() == 0:
+            for leftover in Path(self.work_dir).glob(f".{CHECKPOINT}.*"):  # of a process killed while writing
+                leftover.unlink()
         if path.exists():
             self.resume(str(path), map_location="cpu")
             meta = torch.load(path, map_location="cpu", weights_only=False)["meta"]  # our own file of a moment ago
-            self.skipped, self._seconds_before, self.resumed_at = meta["skipped"], meta["seconds"], meta["iter"]
+            self.skipped, self.seconds_before = meta["skipped"], meta["seconds"]
 
     def load_or_resume(self) -> None:
         """mmengine's hook into `train()`, called once model, optimisers and schedules stand."""
@@ -135,19 +151,12 @@ class ProgressHook(Hook):
     Args:
         on_step: Called after each step with (steps done, losses by trial key or {}).
         checkpoint_interval: Steps between checkpoints.
-        labels: What to call each trial key.
     """
 
     # After the parameter scheduler, so that a checkpoint holds the schedule of the next step.
     priority = "VERY_LOW"
 
-    def __init__(
-        self,
-        on_step: Callable[[int, dict[str, float]], None],
-        checkpoint_interval: int,
-        labels: Mapping[str, str],
-    ) -> None:
-        self._labels = labels
+    def __init__(self, on_step: Callable[[int, dict[str, float]], None], checkpoint_interval: int) -> None:
         self._on_step = on_step
         self._interval = checkpoint_interval
         self._asked_at = 0.0
@@ -178,13 +187,10 @@ class ProgressHook(Hook):
         self._on_step(done, losses)
         model: SweepModel = runner.model
         if outputs and not model.alive():
-            steps = ", ".join(f"{self._labels[key]} at step {step}" for key, step in model.divergence().items())
-            raise DivergedError(
-                f"the loss of every head stopped being finite: {steps}",
-                "Lower the learning rate (--lr), set a gradient clip (--set clip_grad=1.0), or look at the data "
-                "(clipbench data check).",
-            )
-        if self._asked_to_stop(done):
+            runner.train_loop.stop_training = True  # nothing is left to train in this pass
+            runner.save_progress(done)
+            return
+        if anywhere(bool(self._asked_at)):
             runner.save_progress(done)
             raise InterruptedRunError(
                 f"stopped at step {done} of {runner.max_iters}; everything up to here is saved",
@@ -205,18 +211,6 @@ class ProgressHook(Hook):
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
-
-    def _asked_to_stop(self, done: int) -> bool:
-        if not torch.distributed.is_initialized():
-            return bool(self._asked_at)
-        if done % _SYNC_STOP_EVERY:
-            return False
-        # All processes must leave at the same step, or the others wait for this one for ever.
-        flag = torch.tensor(
-            [int(bool(self._asked_at))], device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        )
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 def build_optimisers(
@@ -251,9 +245,14 @@ def build_optimisers(
 
 
 def schedule(kind: str, steps: int, warmup: int) -> list[dict[str, Any]]:
-    """mmengine scheduler configs: linear warm-up, then `poly` (power 0.9) or `cosine` to zero at `steps`."""
+    """mmengine scheduler configs: linear warm-up, then `poly` (power 0.9) or `cosine` to zero at `steps`.
+
+    The rate is the full one from step `warmup` − 1 on (counted from 0), where the decay begins.
+    """
     stages: list[dict[str, Any]] = []
-    if warmup > 0:
+    if warmup < 2:
+        warmup = 0  # mmengine's LinearLR over one step would stay at its start factor for ever
+    else:
         stages.append({"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": warmup})
     span = {"by_epoch": False, "begin": warmup, "end": steps, "eta_min": 0.0}
     if kind == "poly":
@@ -277,7 +276,6 @@ def train(
     on_step: Callable[[int, dict[str, float]], None],
     checkpoint_interval: int,
     log_interval: int,
-    labels: Mapping[str, str],
 ) -> ProbeRunner:
     """Train with mmengine's Runner, going on from the checkpoint in `work_dir` where there is one.
 
@@ -285,9 +283,9 @@ def train(
         The runner, whose `model` is trained.
 
     Raises:
-        InterruptedRunError, DivergedError, CorruptDataError: See there; a checkpoint is left behind.
+        InterruptedRunError, CorruptDataError: See there; a checkpoint is left behind.
     """
-    hook = ProgressHook(on_step, checkpoint_interval, labels)
+    hook = ProgressHook(on_step, checkpoint_interval)
     runner = ProbeRunner(
         device=device,
         model=model,
@@ -301,7 +299,7 @@ def train(
         default_scope="mmseg",
         randomness={"seed": seed},
         experiment_name=name,
-        log_processor={"by_epoch": False},
+        log_processor={"type": "ProbeLogProcessor", "by_epoch": False},
         visualizer={"type": "Visualizer", "vis_backends": []},
     )
     try:

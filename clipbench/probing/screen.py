@@ -46,10 +46,10 @@ class Screen:
         self.console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._quiet = quiet or silent
 
-    def note(self, text: str) -> None:
-        """A line about what goes on."""
+    def note(self, text: str, style: str = "") -> None:
+        """A line about what goes on. Plain text: a path may hold what rich would take for markup."""
         if not self._quiet:
-            self.console.print(text)
+            self.console.print(Text(text, style=style))
 
     def warn(self, text: str) -> None:
         """A line that a person should read."""

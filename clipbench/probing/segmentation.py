@@ -15,19 +15,42 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import init_default_scope
 from mmseg.models.utils import resize
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import clipbench.heads  # noqa: F401 - registers our heads with mmseg
 from clipbench.backbones.base import Backbone, Features
 from clipbench.data.stream import CorruptFileError, SizedDataset, stable_seed
-from clipbench.errors import UsageError
 from clipbench.probing.features import FeatureSource, Images, View
 
 IGNORE = 255
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+
+
+@TRANSFORMS.register_module()
+class CheckFiles(BaseTransform):
+    """Refuses files whose pixels would be read wrongly without a word, by their headers.
+
+    Pillow turns 16-bit images white and mmseg cuts 16-bit masks down to their low byte.
+    """
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Check `img_path` and `seg_map_path`."""
+        mode = _mode(results["img_path"])
+        if mode.startswith(("I", "F")):
+            raise CorruptFileError(f"{results['img_path']}: more than 8 bits a channel (mode {mode}); convert it to 8")
+        mask = results.get("seg_map_path")
+        if mask and (mode := _mode(mask)) not in ("L", "P", "1"):
+            raise CorruptFileError(f"{mask}: a mask has one channel of 8 bits, this one is of mode {mode}")
+        return results
+
+
+def _mode(path: str) -> str:
+    with Image.open(path) as opened:
+        return str(opened.mode)
 
 
 @TRANSFORMS.register_module()
@@ -43,18 +66,18 @@ class CheckLabels(BaseTransform):
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Check `gt_seg_map` against `ori_shape`."""
-        mask = results["gt_seg_map"]
+        mask, name = results["gt_seg_map"], results.get("seg_map_path", "the mask")
         if mask.shape != tuple(results["ori_shape"]):
             raise CorruptFileError(
-                f"mask is {mask.shape[1]}×{mask.shape[0]} but the image {results['ori_shape'][1]}×"
+                f"{name}: mask is {mask.shape[1]}×{mask.shape[0]} but the image {results['ori_shape'][1]}×"
                 f"{results['ori_shape'][0]} pixels"
             )
         labels = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
         wrong = labels[(labels >= self.num_classes) & (labels != IGNORE)]
         if wrong.size:
             raise CorruptFileError(
-                f"mask has label {wrong[0]}, but there are {self.num_classes} classes (0…{self.num_classes - 1}, after "
-                "any zero-label reduction; 255 is ignored)"
+                f"{name}: mask has label {wrong[0]}, but there are {self.num_classes} classes "
+                f"(0…{self.num_classes - 1}, after any zero-label reduction; 255 is ignored)"
             )
         return results
 
@@ -84,8 +107,9 @@ def build_dataset(configs: Sequence[Mapping[str, Any]], pipeline: Sequence[Mappi
 
 
 def _insert_check(dataset: Any) -> None:
-    """Put `CheckLabels` right after the annotations are loaded, whatever the recipe does next."""
+    """Put `CheckFiles` first and `CheckLabels` right after the annotations are loaded, whatever the recipe does."""
     steps = dataset.pipeline.transforms
+    steps.insert(0, CheckFiles())
     check = CheckLabels(len(dataset.metainfo["classes"]))
     for place, step in enumerate(steps):
         if type(step).__name__ == "LoadAnnotations":
@@ -101,11 +125,9 @@ def sample_files(dataset: Any, index: int) -> tuple[str, str]:
 
 def describe_failure(dataset: SizedDataset, index: int, error: Exception) -> str:
     """Name the file of a sample that failed to load: the one that does not open, else both."""
-    from PIL import Image
-
     image, mask = sample_files(dataset, index)
     if isinstance(error, CorruptFileError):
-        return f"{mask}: {error} (image: {image})"
+        return str(error)
     for path in (image, mask):
         try:
             with Image.open(path) as opened:
@@ -206,24 +228,21 @@ def build_head(
         num_classes: Output channels.
         key: Seeds the initialisation; the same key gives the same head.
         sync_batch_norm: Keep `SyncBN` where the config has it; it needs several processes on GPUs. Else it is plain.
-
-    Raises:
-        UsageError: The config does not fit the head's class.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed("head", key))  # torch.manual_seed would seed the GPUs too
+        head = make_head(config, backbone.output.maps[layer].channels, num_classes, sync_batch_norm)
+        head.init_weights()
+    return head
+
+
+def make_head(config: Mapping[str, Any], channels: int, num_classes: int, sync_batch_norm: bool = False) -> nn.Module:
+    """An mmseg head that reads a map of so many channels; see `build_head`."""
     init_default_scope("mmseg")
     settings = deepcopy(dict(config))
     if settings.get("norm_cfg", {}).get("type") == "SyncBN" and not sync_batch_norm:
         settings["norm_cfg"] = {**settings["norm_cfg"], "type": "BN"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed("head", key))
-        try:
-            head = MODELS.build(
-                {**settings, "in_channels": backbone.output.maps[layer].channels, "num_classes": num_classes}
-            )
-        except (TypeError, KeyError) as error:
-            raise UsageError(f"head config {settings} cannot be built: {error}") from error
-        head.init_weights()
-    return head
+    return MODELS.build({**settings, "in_channels": channels, "num_classes": num_classes})
 
 
 def loss(head: nn.Module, features: Features, labels: Tensor) -> Tensor:

@@ -15,10 +15,16 @@ from clipbench.results.record import record_path
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as plain JSON types. Loads no weights."""
+    """A plan as plain JSON types, after everything in it was built once. Loads no weights."""
+    from clipbench import mmlab
     from clipbench.backbones import describe
 
+    mmlab.setup()
+
+    from clipbench.probing.preflight import check_parts
+
     description = describe(plan.backbone)
+    check_parts(plan, description.output)
     fmap = description.output.maps[plan.config.layer]
     request = plan.request
     return {

@@ -34,6 +34,22 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class FileFit(_Part):
+    """How a checkpoint file fitted the architecture.
+
+    Attributes:
+        matched: Share of the architecture's parameters that the file filled, by number of elements, in [0, 1].
+        missing: Names of the architecture that the file lacks.
+        unexpected: Names in the file that the architecture does not have.
+        mismatched: Names that have another shape in the file.
+    """
+
+    matched: Annotated[float, Field(ge=0, le=1)]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+
 class Weights(_Part):
     """Where the weights came from.
 
@@ -41,11 +57,13 @@ class Weights(_Part):
         origin: `pretrained` (a published checkpoint), `checkpoint` (a local file), `random` or `own code`.
         source: In words: "timm vit_base_patch16_224.augreg_in21k", a file's path, "seed 0".
         sha256: Of the weights.
+        file: For weights from a local file, how it fitted; None otherwise.
     """
 
     origin: Literal["pretrained", "checkpoint", "random", "own code"]
     source: str
     sha256: Sha256
+    file: FileFit | None = None
 
 
 class FeatureMap(_Part):

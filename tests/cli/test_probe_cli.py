@@ -69,8 +69,38 @@ def test_all_bad_values_are_reported_at_once(clipbench):
         "probe", "--backbone", BACKBONE, "--task", "ade20k", "--steps", "0", "--lr", "-1", "--set", "lr_schedule=linear"
     )
     assert status == 2
-    for problem in ("steps must be", "learning rates must be positive", "lr_schedule must be"):
+    for problem in ("steps: Input should be greater", "lrs.0: Input should be greater", "lr_schedule: Input should be"):
         assert problem in err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("warmup_steps=abc", "clip_grad=abc", "holdout=3", "holdout.fraction=abc", "holdout.max_images=0"),
+        *("evaluation=slide", "evaluation.window=abc", "evaluation.stride=0.5", "evaluation.stride=9999"),
+        *("lrs=1e-3", "lrs=abc", "layer=50", "layer=foo", "heads=3", "heads.linear.dropout_ratio=2"),
+        *("optimizer.type=Adamm", "train_pipeline.4.type=NoT", "train_pipeline.4.prob=7"),
+        *("runtime.workers=-1", "runtime.log_interval=0", "runtime.checkpoint_interval=0", "dataset=voc2012"),
+    ],
+)
+def test_values_that_do_not_work_are_refused_before_anything_is_loaded(clipbench, setting, tiny_ade20k, monkeypatch):
+    monkeypatch.setattr("clipbench.backbones.build", lambda *_, **__: pytest.fail("the backbone was built"))
+    common = (
+        "probe",
+        "--backbone",
+        "timm:resnet10t",
+        "--task",
+        "ade20k",
+        "--head",
+        "linear",
+        "--data-root",
+        tiny_ade20k,
+    )
+    status, _, err = clipbench(*common, "--set", setting)
+    assert status == 2
+    assert setting.partition("=")[0].partition(".")[0] in err
+    status, _, _ = clipbench(*common, "--set", setting, "--dry-run")
+    assert status == 2
 
 
 def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(clipbench, tmp_path):

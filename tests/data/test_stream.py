@@ -18,7 +18,6 @@ from clipbench.data.stream import (
     TrainingStream,
     stable_seed,
 )
-from clipbench.errors import ClipbenchError
 
 INDICES = [3, 5, 8, 13, 21]
 
@@ -107,8 +106,14 @@ def test_skipping_takes_the_next_good_sample_and_tells(monkeypatch):
 
 def test_nothing_readable_is_an_error_and_not_an_endless_loop(monkeypatch):
     monkeypatch.setattr(Noisy, "bad", tuple(range(10)))
-    with pytest.raises(ClipbenchError, match="in a row cannot be read"):
-        stream(skip_corrupt=True)[0, 0]
+    assert "in a row cannot be read" in stream(skip_corrupt=True)[0, 0].reason
+
+
+def test_replacements_come_from_the_training_images_only(monkeypatch):
+    """A held-out image must not be trained on in place of a corrupt one."""
+    monkeypatch.setattr(Noisy, "bad", (4,))
+    drawn = stream(skip_corrupt=True, indices=[0, 1, 4, 7, 8])[0, 4]
+    assert drawn["inputs"][0] == 7
 
 
 def test_bugs_keep_their_traceback(monkeypatch):

@@ -80,6 +80,9 @@ def test_a_fine_tuned_backbone_can_be_probed_from_its_file(request_for):
         weights_sha256(build("timm:resnet10t", seed=1)),
     )
     assert tuned.load_report.matched == 1.0
+    [again] = probe(request_for(backbone=f"ckpt:{path}", steps=2))
+    assert again.backbone.weights.file.matched == 1.0
+    assert again.backbone.weights.file.missing == ()
 
 
 def test_record_tells_all(request_for):
@@ -258,7 +261,7 @@ def test_resume_refuses_other_weights(request_for, own_code, monkeypatch):
     code = Path("tiny_own.py")
     code.write_text(code.read_text().replace("manual_seed(0)", "manual_seed(1)"))
     sys.modules.pop("tiny_own", None)
-    with pytest.raises(ClipbenchError, match="weights_sha256 differ"):
+    with pytest.raises(ClipbenchError, match="the backbone's weights differ"):
         probe(request_for(resume=True))
     sys.modules.pop("tiny_own", None)
 
@@ -294,6 +297,34 @@ def test_a_rate_that_diverges_is_left_out_and_the_others_go_on(request_for, monk
     assert equal(head_parameters("results"), head_parameters("alone"))
 
 
+def test_a_rate_that_diverges_while_fine_tuning_does_not_end_the_others(request_for):
+    [record] = probe(request_for(mode="finetune", lrs=(1e-3, 1e30), steps=8))
+    assert [trial.status.split()[0] for trial in record.selection.trials] == ["ok", "diverged"]
+    assert record.selection.chosen_lr == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["poly", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 3, 6])
+def test_the_rate_is_full_after_the_warm_up_and_falls_to_zero(kind, warmup):
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    from clipbench.probing.runner import schedule
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=0.5)
+    stages = [PARAM_SCHEDULERS.build({**stage, "optimizer": optimiser}) for stage in schedule(kind, 20, warmup)]
+    rates = []
+    for _ in range(20):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        for stage in stages:
+            stage.step()
+    assert max(rates) == pytest.approx(0.5)
+    assert rates.index(max(rates)) == max(warmup - 1, 0)
+    assert rates[-1] < 0.06
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+
+
 def test_everything_diverging_is_an_error_that_says_where(request_for, monkeypatch):
     from clipbench.probing import run
     from clipbench.probing.runner import DivergedError
@@ -327,7 +358,58 @@ def test_corrupt_files_are_named_and_nothing_is_lost(request_for, broken_ade20k)
     assert "ADE_train_00000001.jpg" in str(caught.value)
     assert "--skip-corrupt" in str(caught.value)
     assert list(Path("results").glob("runs/*/*/*/pass-0/checkpoint.pth"))
-    # Mended and resumed, the run ends where an uninterrupted one ends.
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_run_that_met_a_corrupt_file_goes_on_once_it_is_mended(
+    request_for, tiny_ade20k, tmp_path, split, head_parameters
+):
+    """It ends where an uninterrupted run on whole files ends; files that were readable must stay as they were."""
+    root = tmp_path / "mended" / "ADEChallengeData2016"
+    shutil.copytree(tiny_ade20k, root)
+    image = sorted((root / "images" / split).iterdir())[0]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-200])
+    request = request_for(data_root=root, steps=30)
+    with pytest.raises(ClipbenchError, match=image.name):
+        probe(request)
+    other = sorted((root / "images" / "validation").iterdir())[-1]
+    untouched = other.read_bytes()
+    image.write_bytes(whole)
+    other.write_bytes(untouched + b"changed")
+    with pytest.raises(ClipbenchError, match="the data set's files differ"):
+        probe(replace(request, resume=True))
+    other.write_bytes(untouched)
+    [resumed] = probe(replace(request, resume=True))
+    [straight] = probe(replace(request, results=Path("straight")))
+    assert resumed.scores == straight.scores
+    assert resumed.dataset.fingerprint == straight.dataset.fingerprint
+    assert equal(head_parameters("results"), head_parameters("straight"))
+
+
+def test_a_run_that_met_a_corrupt_file_goes_on_without_it(request_for, broken_ade20k):
+    request = request_for(data_root=broken_ade20k, steps=30)
+    with pytest.raises(ClipbenchError, match="cannot be read"):
+        probe(request)
+    [record] = probe(replace(request, resume=True, skip_corrupt=True))
+    assert record.dataset.skipped_corrupt == {"train": 1, "val": 1}
+    assert (record.dataset.n_train, record.dataset.n_val) == (17, 6)
+    assert len(list(Path("results").glob("runs/*/*/*"))) == 1
+
+
+def test_sixteen_bit_images_and_masks_of_three_channels_are_refused(request_for, tiny_ade20k, tmp_path):
+    from PIL import Image
+
+    for number, (folder, mode, word) in enumerate(
+        (("images/validation", "I;16", "more than 8 bits"), ("annotations/validation", "RGB", "one channel"))
+    ):
+        root = tmp_path / f"odd{number}" / "ADEChallengeData2016"
+        shutil.copytree(tiny_ade20k, root)
+        path = sorted((root / folder).iterdir())[0]
+        Image.new(mode, (48, 40)).save(path, format="PNG")
+        with pytest.raises(ClipbenchError, match=word) as caught:
+            probe(request_for(data_root=root, steps=2, results=Path(f"results{number}")))
+        assert path.name in str(caught.value)
 
 
 def test_corrupt_files_can_be_skipped_and_are_counted(request_for, broken_ade20k):
@@ -358,7 +440,7 @@ from clipbench.probing.plan import ProbeRequest
 
 
 class Untrained:
-    seconds, skipped = 1.0, {}
+    seconds, seconds_before, skipped = 1.0, 0.0, {}
 
     def __init__(self, model, *args, work_dir, **kwargs):
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -400,14 +482,65 @@ def test_two_processes_score_as_one(own_code, tiny_ade20k, tmp_path):
         assert list(first.ids) == list(second.ids)
 
 
-def test_nproc_trains_and_scores(own_code, tiny_ade20k, tmp_path):
-    """`--nproc 2` as a user types it."""
+RESCORE = """
+import json, sys
+from pathlib import Path
+
+from clipbench import mmlab
+
+mmlab.setup()
+from safetensors.torch import load_file
+
+from clipbench.probing import probe, run
+from clipbench.probing.plan import ProbeRequest
+
+
+class Saved:
+    seconds, seconds_before, skipped = 1.0, 0.0, {}
+
+    def __init__(self, model, *args, work_dir, **kwargs):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        [head] = model.heads.values()
+        head.load_state_dict(load_file(sys.argv[2]))
+        self.model = model
+
+
+run.train = Saved
+[record] = probe(
+    ProbeRequest(
+        backbone="python:tiny_own:make", task="ade20k", heads=("linear",), lrs=(1e-2,), data_root=Path(sys.argv[1]),
+        steps=20, batch_size=4, image_size=32, device="cpu", overrides={"runtime.workers": 0}, results=Path("again"),
+    )
+)
+print(json.dumps(record.scores))
+"""
+
+
+def test_nproc_scores_the_model_that_it_saves(own_code, tiny_ade20k, tmp_path):
+    """`--nproc 2` as a user types it; one process that loads the saved head finds the very score."""
     process = run_command(
-        *arguments_for(tiny_ade20k, **{"--steps": 4, "--nproc": 2}), "--results", "r", "--json", cwd=tmp_path
+        *arguments_for(tiny_ade20k, **{"--steps": 20, "--nproc": 2}), "--results", "r", "--json", cwd=tmp_path
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert err == ""
     [record] = json.loads(out)
     assert record["dataset"]["n_val"] == 7
     assert record["protocol"]["batch_norm_processes"] == 2
-    assert err == ""
+    (tmp_path / "rescore.py").write_text(RESCORE)
+    head = tmp_path / "r" / record["artefacts"]["head"]
+    command = [sys.executable, "rescore.py", str(tiny_ade20k), str(head)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == record["scores"]
+
+
+def test_an_error_of_several_processes_is_said_once(own_code, broken_ade20k, tmp_path):
+    process = run_command(
+        *arguments_for(broken_ade20k, **{"--steps": 20, "--nproc": 2}), "--results", "r", cwd=tmp_path
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert err.count("ADE_train_00000001.jpg") == 1
+    assert list(tmp_path.glob("r/runs/*/*/*/pass-0/checkpoint.pth"))

@@ -107,14 +107,21 @@ def test_a_recipe_in_the_working_directory_wins_and_adds():
     assert find_recipe("my-task").path == Path.cwd() / "probes" / "my_task.py"
 
 
-def test_base_files_of_a_recipe_resolve_against_its_folder():
+def test_a_base_is_refused_since_it_could_not_follow_its_childs_knobs():
     folder = Path("probes")
     folder.mkdir()
-    (folder / "child.py").write_text(
-        f'"""A child.\n\n    clipbench probe --task child\n"""\n_base_ = "{shipped("probes") / "ade20k.py"}"\n'
-        'family = "segmentation"\ndataset = "ade20k"\nsteps = 5\n'
-    )
-    assert load_recipe(find_recipe("child"), {}).steps == 5
+    (folder / "child.py").write_text(f'_base_ = "{shipped("probes") / "ade20k.py"}"\nsteps = 5\n')
+    with pytest.raises(ClipbenchError, match="_base_ is not supported"):
+        find_recipe("child")
+    assert find_recipe("ade20k")  # the others still work
+    (folder / "_helper.py").write_text("not a recipe at all")
+    assert find_recipe("ade20k")
+
+
+@pytest.mark.parametrize("key", ["dataset", "family"])
+def test_what_makes_the_task_cannot_be_overridden(key):
+    with pytest.raises(UsageError, match="cannot be changed"):
+        load_recipe(find_recipe("ade20k"), {key: "voc2012"})
 
 
 def test_broken_recipes_are_reported_together():
