@@ -6,8 +6,8 @@
 Trains heads on the last patch map and reports mIoU on the 2,000 validation images at their original resolution.
 
 Check against, before trusting a new installation: DINOv3 ViT-B/16, linear head: 51.8 mIoU (DINOv3 repository; nearest
-here is `--lr 1e-3 --set lr_schedule=cosine`). clipbench itself has not been run on the real ADE20K yet: its reader, heads
-and metric are exercised on the built-in data in the same layout.
+here is `--lr 1e-3 --set lr_schedule=cosine`). clipbench itself has not been run on the real ADE20K yet: its reader,
+heads and metric are exercised on the built-in data in the same layout.
 
 Values marked * are clipbench's choice; the others are the field's standard (docs/protocols.md gives the reasons).
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -122,6 +123,34 @@ def test_a_registry_in_the_working_directory_wins_over_the_packaged_one(installe
         "version: 1\nbackbones:\n  my-own-resnet:\n    source: timm:resnet18\n    description: mine\n"
     )
     assert "my-own-resnet" in run(installed / "clipbench", "list", "backbones", cwd=tmp_path)
+
+
+def third_party_imports() -> set[str]:
+    """Top-level names that clipbench imports anywhere, lazily or not, besides itself and the standard library."""
+    names = set()
+    for file in (ROOT / "clipbench").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"clipbench"}
+
+
+def test_what_is_imported_is_declared():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    declared = {canonicalize_name(Requirement(text).name) for text in re.findall(r'^\s*"([^"]+)"', listed, re.M)}
+    # cv2 comes with mmcv, in the flavour that it wants; pydantic_core is pydantic's, in step with it.
+    brought = {"cv2", "pydantic_core"}
+    distributions = metadata.packages_distributions()
+    undeclared = {
+        name: distributions.get(name)
+        for name in third_party_imports() - brought
+        if not {canonicalize_name(d) for d in distributions.get(name, [])} & declared
+    }
+    assert len(declared) > 10
+    assert not undeclared
 
 
 def pins() -> list[Requirement]:

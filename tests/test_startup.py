@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 HEAVY = {
-    *("torch", "torchvision", "numpy", "PIL", "scipy", "cv2", "matplotlib", "trimesh"),
+    *("torch", "torchvision", "numpy", "PIL", "scipy", "cv2", "matplotlib", "embreex"),
     *("timm", "open_clip", "transformers", "huggingface_hub", "mmengine", "mmcv", "mmseg", "mmdet"),
 }
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from clipbench.backbones.checkpoint import LoadReport
 
 ResizeMode = Literal["crop", "squash", "longest"]
 WeightsOrigin = Literal["pretrained", "checkpoint", "random", "own code"]
@@ -29,7 +32,7 @@ class InputSpec:
         size: (height, width) in pixels of the training resolution.
         resize_mode: How a whole image becomes `size`: `crop` (shorter side, then centre crop), `squash` (ignore the
             aspect ratio), `longest` (longer side, then pad).
-        interpolation: "bicubic", "bilinear" or "nearest".
+        interpolation: PIL's name of the filter: "bicubic", "bilinear", "nearest", "lanczos", "box" or "hamming".
         crop_pct: For `crop`: the crop's share of the resized shorter side, in (0, 1].
         multiple: Height and width of any input must be divisible by this (the patch size of a plain ViT, the total
             stride of a hierarchical model that cannot pad itself, else 1).
@@ -139,8 +142,10 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         architecture: Source string of what the weights were loaded into ("timm:vit_base_patch16_224"); `build` sets it.
+        load_report: How a checkpoint file fitted, None where none was loaded; `build` sets it.
     """
 
+    load_report: LoadReport | None = None
     _mean: Tensor
     _std: Tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class LoadReport:
             random values.
         unexpected: Names in the file that the architecture does not have (a classifier head, an optimiser's …).
         mismatched: (name, shape in the file, shape in the architecture) of those that have another shape.
+        unfilled: The parameters and floating-point buffers that the file did not fill; `build` refuses those that image
+            features depend on.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    unfilled: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """A few lines for people."""
@@ -81,9 +85,14 @@ class LoadReport:
             ("of another shape", [f"{n} {a} ≠ {b}" for n, a, b in self.mismatched]),
         ):
             if names:
-                more = f", … ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-                lines.append(f"{len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")
+                lines.append(f"{len(names)} {title}: {some(names)}")
         return "\n".join(lines)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many there are more."""
+    more = f", … ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def check_file(path: Path) -> None:
@@ -144,6 +153,7 @@ def read(path: Path) -> Any:
         ClipbenchError: The file is broken, or needs unpickling.
     """
     check_file(path)
+    _sniff(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -156,13 +166,13 @@ def read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ClipbenchError(
-            f"{path} holds more than tensors; reading it would execute code from the file, which clipbench never does "
-            f"({_first_line(error)})",
-            "If you trust where it comes from, convert it once, in a place where that code may run:\n"
-            "  import torch; from safetensors.torch import save_file\n"
-            f"  state = torch.load({path.name!r}, map_location='cpu', weights_only=False)\n"
-            "  state = state.get('state_dict', state)  # or wherever it keeps its tensors\n"
-            f"  save_file({{k: v.clone() for k, v in state.items() if torch.is_tensor(v)}}, "
+            f"{path} holds more than tensors, or is damaged; reading it could execute code from the file, which "
+            f"clipbench never does{_unsupported(error)}",
+            "Save the tensors alone, where the file was made or can be trusted:\n"
+            "  torch.save(model.state_dict(), PATH)\n"
+            "or as safetensors:\n"
+            "  from safetensors.torch import save_file\n"
+            f"  save_file({{k: v.clone() for k, v in model.state_dict().items()}}, "
             f"{path.with_suffix('.safetensors').name!r})",
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -216,6 +226,7 @@ def load_into(
                 unwrapped, chosen, converted = names, candidate, True
 
     usable = {k: v for k, v in chosen.items() if k in wanted and _fits(v, wanted[k])}
+    filled = {wanted[k].data_ptr() for k in usable}
     report = LoadReport(
         path=path,
         unwrapped=unwrapped,
@@ -228,6 +239,9 @@ def load_into(
             for k, v in chosen.items()
             if k in wanted and torch.is_tensor(v) and v.shape != wanted[k].shape
         ),
+        # Of buffers the running statistics matter; counters and index tables are integers. Tied weights have several
+        # names, of which some writers keep one.
+        unfilled=tuple(k for k, v in wanted.items() if v.is_floating_point() and v.data_ptr() not in filled),
     )
     if report.matched < MIN_MATCHED:
         raise CheckpointMismatch(
@@ -294,5 +308,46 @@ def _try_convert(convert: Convert, state: State) -> Mapping[str, Any] | None:
         return None
 
 
+def _sniff(path: Path) -> None:
+    """Refuse what is plainly no checkpoint, by its first bytes.
+
+    Raises:
+        ClipbenchError: The file is empty, a Git LFS pointer, a web page or another text.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ClipbenchError(f"{path} is empty", "Was its download or copy cut off? Fetch it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise ClipbenchError(
+            f"{path} is a Git LFS pointer: it stands for the weights, which were not fetched",
+            f"In its repository: git lfs pull --include {path.name}",
+        )
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise ClipbenchError(
+            f"{path} is a web page (HTML), not weights",
+            "The server answered with a page, for a log-in or an error. Open its address in a browser to see which.",
+        )
+    # Zip archives, pickles, tar archives and safetensors all have control bytes this early.
+    if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
+        shown = _plain(head.decode("utf-8", "replace")).split("\n", 1)[0][:60]
+        raise ClipbenchError(
+            f"{path} is a text file, not weights; it begins: {shown}",
+            "Expected what torch.save(model.state_dict(), PATH) writes, or a .safetensors file.",
+        )
+
+
+def _unsupported(error: Exception) -> str:
+    """What the reader refused, in short. The rest of torch's message is advice to execute the file."""
+    found = re.search(r"GLOBAL (\S+)", _plain(str(error)))
+    return f" (it asks for {found[1]})" if found else ""
+
+
+def _plain(text: str) -> str:
+    """Without escape sequences and other control characters, which would reach the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f]", "", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text))
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]
+    return _plain(str(error)).strip().split("\n", 1)[0][:200]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from clipbench.backbones.base import InputSpec
-from clipbench.backbones.checkpoint import MIN_MATCHED, LoadReport, load_into
+from clipbench.backbones.checkpoint import MIN_MATCHED, LoadReport, load_into, some
 from clipbench.backbones.hub import hub_access
 from clipbench.backbones.library import Library, Size
 from clipbench.backbones.tower import Tower
@@ -27,12 +27,15 @@ from clipbench.errors import ClipbenchError, UsageError
 # Names that the final norm goes by in the vision models of transformers.
 _NORMS = ("layernorm", "post_layernorm", "norm", "layer_norm")
 # PIL's numbers.
-_INTERPOLATIONS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # Types whose tokens are not (prefix, patches row by row), or whose patches are shuffled, each with what to use instead.
 _REFUSED = {
     "vit_mae": "its encoder drops three quarters of the patches; use timm:vit_base_patch16_224.mae and its kin",
     "yolos": "its tokens end with detection queries",
     "siglip2_vision_model": "it takes patches, not images; use openclip:ViT-B-16-SigLIP2/webli and its kin",
+    "hiera": "its tokens are ordered by mask units; use timm:hiera_tiny_224.mae_in1k_ft_in1k and its kin",
+    "focalnet": "it gives its stages after downsampling, so that none is left at stride 4; "
+    "use timm:focalnet_tiny_srf.ms_in1k and its kin",
     "timm_wrapper": "it wraps a timm model; name it as timm:NAME.TAG",
 }
 
@@ -122,6 +125,9 @@ class HfTower(Tower):
             raise ValueError(f"{tokens.shape[1]} tokens are fewer than the {h}×{w} patches of the input")
         return tokens[:, prefix:].transpose(1, 2).unflatten(2, (h, w)).contiguous()
 
+    def optional(self, name: str) -> bool:
+        return not self._pooled and _is_pooler(name)
+
     def _global(self, out: Any, norm: nn.Module) -> Tensor:
         pooled = getattr(out, "pooler_output", None)
         if self._pooled and pooled is not None:
@@ -202,11 +208,14 @@ class HfLibrary(Library[HfTower]):
         if share < MIN_MATCHED:
             raise ClipbenchError(
                 f"{self.source} holds weights for {share:.0%} of its own architecture only; missing are "
-                f"{', '.join(sorted(missing)[:6])}, …"
+                f"{some(sorted(missing))}"
             )
         # transformers gives an untrained pooler to checkpoints that have none; its output would be noise.
         pooled = not any(_is_pooler(name) for name in info["missing_keys"])
-        return HfTower(model.eval(), pooled).eval(), None
+        tower = HfTower(model.eval(), pooled).eval()
+        state = model.state_dict()
+        tower.unfilled = tuple(sorted(n for n in missing if n in state and state[n].is_floating_point()))
+        return tower, None
 
     def input(self, tower: HfTower) -> InputSpec:
         with self._files("the image processor", "preprocessor_config.json"), torch.device("cpu"):
@@ -267,9 +276,20 @@ def _input_spec(source: str, processor: Any, config: Any) -> InputSpec:
         std=_three(std, scale),
         size=tuple(size),
         resize_mode="squash" if squash else "crop",
-        interpolation=_INTERPOLATIONS.get(int(get("resample") if get("resample") is not None else 2), "bilinear"),
+        interpolation=_interpolation(source, get("resample")),
         crop_pct=crop_pct or 1.0,
     )
+
+
+def _interpolation(source: str, resample: Any) -> str:
+    number = 2 if resample is None else int(resample)  # bilinear is what transformers itself takes for none
+    if number not in _INTERPOLATIONS:
+        known = ", ".join(f"{k} ({v})" for k, v in _INTERPOLATIONS.items())
+        raise ClipbenchError(
+            f"{source}: its image processor names resampling filter {number}, which PIL does not have",
+            f"Expected 'resample' in preprocessor_config.json to be one of {known}.",
+        )
+    return _INTERPOLATIONS[number]
 
 
 def _three(values: Sequence[float], scale: float) -> tuple[float, float, float]:

@@ -7,6 +7,8 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
+from typing import cast
 from urllib.parse import urlparse
 
 from clipbench.errors import ClipbenchError
@@ -34,9 +36,12 @@ def hub_access(what: str, repo: str, files: str, instead: str, url: str = "") ->
     before = constants.HF_HUB_OFFLINE
     offline = before or not _hub_resolves(constants.ENDPOINT)
     constants.HF_HUB_OFFLINE = offline
+    # The Hub's own error is made from that of its HTTP client (requests, httpx, …), whose time-outs are not OSErrors;
+    # and what is fetched by URL comes through http.client.
+    client_error = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     try:
         yield
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, client_error, HTTPException) as error:
         causes = _chain(error)
         if any(isinstance(e, GatedRepoError) for e in causes):
             raise ClipbenchError(
@@ -45,7 +50,8 @@ def hub_access(what: str, repo: str, files: str, instead: str, url: str = "") ->
             ) from error
         if any(isinstance(e, RepositoryNotFoundError) for e in causes):
             raise ClipbenchError(f"{what}: there is no public repository {repo}", instead) from error
-        said = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        lines = str(error).strip().splitlines()
+        said = ": ".join([type(error).__name__, *(line[:200] for line in lines[:1])])
         reason = "no network" if offline and not before else said
         cache = constants.HF_HUB_CACHE
         if repo:

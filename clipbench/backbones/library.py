@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -57,6 +58,12 @@ class Library(ABC, Generic[TowerT]):
     @abstractmethod
     def input(self, tower: TowerT) -> InputSpec:
         """The checkpoint's own preprocessing; `multiple` and `fixed_size` are found out by a dry run."""
+
+
+def stem(name: str) -> str:
+    """The first word of a model's name, as a pattern for others of its family: "resnet" of "resnet51_in1k"."""
+    word = re.match(r"[A-Za-z]+", name)
+    return word[0] if word else ""
 
 
 def constructor_parameters(cls: type[nn.Module]) -> frozenset[str]:

@@ -31,10 +31,10 @@ from torch.func import functional_call
 from clipbench.backbones.base import InputSpec, ResizeMode
 from clipbench.backbones.checkpoint import CheckpointMismatch, LoadReport, State, load_into
 from clipbench.backbones.hub import hub_access, quiet_root_logger
-from clipbench.backbones.library import Library, Size
+from clipbench.backbones.library import Library, Size, stem
 from clipbench.backbones.timm_models import size_options
 from clipbench.backbones.tower import Tower
-from clipbench.errors import UnknownNameError
+from clipbench.errors import ClipbenchError, UnknownNameError
 
 _RESIZE_MODES: dict[str, ResizeMode] = {"shortest": "crop", "squash": "squash", "longest": "longest"}
 
@@ -84,6 +84,9 @@ class OpenClipTower(Tower):
     @property
     def image_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         return self.visual.named_parameters()
+
+    def optional(self, name: str) -> bool:
+        return not name.startswith("visual.")  # so named in open_clip's files and in the tower's own
 
 
 class _TimmVisual(nn.Module):
@@ -270,7 +273,7 @@ class OpenClipLibrary(Library[OpenClipTower]):
                 "open_clip architecture",
                 self.name,
                 open_clip.list_models(),
-                see="python -c \"import open_clip; print(*open_clip.list_models(), sep='\\n')\"",
+                see=f"clipbench list backbones 'openclip:*{stem(self.name)}*'",
             )
         if self.tag is not None:
             tags = list_pretrained_tags_by_model(self.name)
@@ -297,12 +300,15 @@ class OpenClipLibrary(Library[OpenClipTower]):
             load_checkpoint(clip, weights, strict=True, weights_only=True)
         joint_dim = open_clip.get_model_config(self.name)["embed_dim"]
         tower = OpenClipTower(clip.eval(), joint_dim, self._tokenizer).eval()
-        if checkpoint is not None and misfit is not None:
+        if checkpoint is not None and (report is None or report.unfilled):
             # What `--mode finetune` saves is named as in the tower and not as in open_clip.
             try:
-                report = load_into(tower, checkpoint, self.source)
+                own = load_into(tower, checkpoint, self.source)
             except CheckpointMismatch:
-                raise misfit from None
+                if misfit is not None:
+                    raise misfit from None
+            else:
+                report = own if report is None or own.matched > report.matched else report
         return tower, report
 
     def input(self, tower: OpenClipTower) -> InputSpec:
@@ -320,19 +326,24 @@ class OpenClipLibrary(Library[OpenClipTower]):
 
     def _clip(self) -> nn.Module:
         config = open_clip.get_model_config(self.name)
-        options = {}
-        if self.tag is not None:
-            # OpenAI's and some others' weights were trained with QuickGELU. open_clip only warns when the architecture
-            # says otherwise, and quietly loses accuracy; the activation belongs to the weights.
-            options["quick_gelu"] = bool(get_pretrained_cfg(self.name, self.tag).get("quick_gelu", False))
         text = config["text_cfg"].get("hf_model_name") or ""
         with (
             quiet_root_logger(),
             hub_access(f"the text tower of {self.source}", text, "config.json", "open_clip cannot build it without."),
         ):
             return open_clip.create_model(
-                self.name, pretrained=None, pretrained_text=False, device=torch.empty(0).device, **options
+                self.name, pretrained=None, pretrained_text=False, device=torch.empty(0).device, **self.activation()
             )
+
+    def activation(self) -> dict[str, bool]:
+        """Option of `open_clip.create_model` for the activation that the weights were trained with.
+
+        OpenAI's and some others' weights were trained with QuickGELU. open_clip only warns when the architecture says
+        otherwise, and quietly loses accuracy; the activation belongs to the weights. A tag that does not say so leaves
+        the architecture its own.
+        """
+        quick = self.tag is not None and get_pretrained_cfg(self.name, self.tag).get("quick_gelu")
+        return {"quick_gelu": True} if quick else {}
 
     def _download(self) -> str:
         config = get_pretrained_cfg(self.name, self.tag)
@@ -348,7 +359,15 @@ class OpenClipLibrary(Library[OpenClipTower]):
                 config.get("url", ""),
             ),
         ):
-            return download_pretrained(config)
+            try:
+                return download_pretrained(config)
+            except RuntimeError as error:
+                if "checksum" not in str(error):
+                    raise
+                raise ClipbenchError(
+                    f"the weights of {self.source} were downloaded, but their checksum is wrong: {error}",
+                    f"Try again; it may have been cut short or changed on the way from {config.get('url', 'the Hub')}",
+                ) from error
 
     def _tokenizer(self) -> Any:
         text = open_clip.get_model_config(self.name)["text_cfg"].get("hf_tokenizer_name") or ""

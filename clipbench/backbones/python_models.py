@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from clipbench.backbones.checkpoint import LoadReport, load_into
 from clipbench.backbones.library import Library, Size
 from clipbench.backbones.tower import Tower
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.registry.schema import check_statistics
 
 _EXPECTED = (
     "its forward(images) must return a feature map (B, C, h, w), a list of them shallow to deep, or "
@@ -70,6 +72,10 @@ class BackboneTower(Tower):
         return features.maps, features.global_
 
     @property
+    def library_model(self) -> nn.Module:
+        return self.backbone
+
+    @property
     def joint_dim(self) -> int | None:
         return self.backbone.output.joint_dim
 
@@ -111,13 +117,10 @@ class PythonLibrary(Library[ModuleTower | BackboneTower]):
 
     def input(self, tower: ModuleTower | BackboneTower) -> InputSpec:
         if isinstance(tower, BackboneTower):
-            return tower.backbone.input
-        size = getattr(tower.module, "size", (224, 224))
-        return InputSpec(
-            mean=tuple(getattr(tower.module, "mean", (0.0, 0.0, 0.0))),
-            std=tuple(getattr(tower.module, "std", (1.0, 1.0, 1.0))),
-            size=(size, size) if isinstance(size, int) else tuple(size),
-        )
+            spec = tower.backbone.input
+            _refuse(self.source, [*check_statistics(spec.mean, spec.std), *_check_sizes(spec.size, spec.multiple)])
+            return spec
+        return _input_spec(self.source, tower.module)
 
     def _callable(self) -> Callable[[], Any]:
         if os.getcwd() not in sys.path:
@@ -131,7 +134,71 @@ class PythonLibrary(Library[ModuleTower | BackboneTower]):
                     f"Looked in {os.getcwd()} and in the Python environment.",
                 ) from error
             raise UsageError(f"{self.source}: it imports a module '{error.name}' that is not installed") from error
-        if not callable(getattr(module, self.factory, None)):
+        except Exception as error:  # a module may fail in any way while it is imported, from its syntax on
+            raise UsageError(
+                f"{self.source}: importing module {self.module} failed ({type(error).__name__}: {error})",
+                f'For its traceback: python -c "import {self.module}"',
+            ) from error
+        factory = getattr(module, self.factory, None)
+        if not callable(factory):
             names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             raise UnknownNameError(f"factory of module {self.module}", self.factory, names)
-        return getattr(module, self.factory)
+        if needed := _required_parameters(factory):
+            raise UsageError(
+                f"{self.source} cannot be called without arguments; it requires {', '.join(needed)}",
+                f"Give them defaults, or name a function that takes none: def make(): return {self.factory}(…)",
+            )
+        return factory
+
+
+def _required_parameters(factory: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # some built-in callables have none to show
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _input_spec(source: str, module: nn.Module) -> InputSpec:
+    mean = getattr(module, "mean", (0.0, 0.0, 0.0))
+    std = getattr(module, "std", (1.0, 1.0, 1.0))
+    size = getattr(module, "size", (224, 224))
+    size = (size, size) if isinstance(size, int) else size
+    # A buffer or an array of the three numbers is as good as a tuple of them.
+    mean, std = (v.flatten().tolist() if hasattr(v, "flatten") else v for v in (mean, std))
+    problems = [
+        f"{name} must be three numbers, one a channel, got {value!r}"
+        for name, value in (("mean", mean), ("std", std))
+        if not _is_numbers(value, 3, (int, float))
+    ]
+    problems = problems or check_statistics(tuple(mean), tuple(std))
+    _refuse(source, [*problems, *_check_sizes(size, getattr(module, "multiple", None))])
+    (red, green, blue), (std_red, std_green, std_blue) = mean, std
+    return InputSpec(mean=(red, green, blue), std=(std_red, std_green, std_blue), size=tuple(size))
+
+
+def _check_sizes(size: Any, multiple: Any) -> list[str]:
+    problems = []
+    if not _is_numbers(size, 2, (int,)) or min(size) < 1:
+        problems.append(f"size must be a positive whole number or two of them, (height, width), got {size!r}")
+    if multiple is not None and (not _is_numbers([multiple], 1, (int,)) or multiple < 1):
+        problems.append(f"multiple must be a positive whole number, got {multiple!r}")
+    elif multiple is not None and not problems and any(side % multiple for side in size):
+        problems.append(f"size {size!r} is not divisible by multiple {multiple}")
+    return problems
+
+
+def _is_numbers(value: Any, count: int, kinds: tuple[type, ...]) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == count
+        and all(isinstance(v, kinds) and not isinstance(v, bool) for v in value)
+    )
+
+
+def _refuse(source: str, problems: list[str]) -> None:
+    if problems:
+        raise UsageError(
+            f"{source}: its input declaration is wrong: " + "; ".join(problems),
+            "Expected as in: mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225); size, multiple = 224, 32",
+        )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from clipbench.backbones.base import Backbone, Description, InputSpec, OutputSpec, Weights
-from clipbench.backbones.checkpoint import architecture_of, check_file
+from clipbench.backbones.checkpoint import CheckpointMismatch, LoadReport, architecture_of, check_file, some
 from clipbench.backbones.library import Library, Size
-from clipbench.backbones.tower import Measurement, Tower, TowerBackbone, measure
+from clipbench.backbones.tower import Measurement, Tower, TowerBackbone, measure, unused_names
 from clipbench.errors import ClipbenchError, UsageError
 from clipbench.registry.sources import Source, parse_source
 
@@ -41,18 +41,21 @@ def build(entry: BackboneEntry | str, *, seed: int = 0, output_stride: int | Non
 
     published = checkpoint is None and library.published is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds the generators of all GPUs too; the model is made on the CPU.
+        torch.default_generator.manual_seed(seed)
         tower, report = library.tower(
             published=published, checkpoint=checkpoint, output_stride=output_stride, img_size=found.img_size
         )
+    _check_filled(library, tower, found, report)
     output = _output_spec(tower, found.measured)
     backbone: Backbone
     if isinstance(own := getattr(tower, "backbone", None), Backbone):
         backbone = _own_backbone(own, entry, output)
     else:
         weights = _weights(library, checkpoint, seed)
-        backbone = TowerBackbone(entry.name, _input_spec(entry, found), output, weights, tower, report)
+        backbone = TowerBackbone(entry.name, _input_spec(entry, found), output, weights, tower)
     backbone.architecture = library.source
+    backbone.load_report = report
     return backbone.eval()
 
 
@@ -168,7 +171,10 @@ def _dry_run_at(
             spec = library.input(tower)
         # Outside of the block above: what a library's function caches (transformers' BEiT caches its position indices)
         # must not be made on the meta device.
-        return _Found(tower, spec, measure(name, tower, size or spec.size), img_size)
+        measured = measure(name, tower, size or spec.size)
+        if size is None:
+            spec = dataclasses.replace(spec, size=measured.size)
+        return _Found(tower, spec, measured, img_size)
 
     with torch.random.fork_rng(devices=[]):
         if library.shapes_only:
@@ -179,6 +185,23 @@ def _dry_run_at(
                     raise
         # Some models look at values while they build or run (Gemma's vision tower): then with real ones, slowly.
         return run("cpu")
+
+
+def _check_filled(library: Library, tower: Tower, found: _Found, report: LoadReport | None) -> None:
+    """Refuse weights that leave a part of the way from image to features at its random start."""
+    unfilled = report.unfilled if report is not None else tower.unfilled
+    lost = [name for name in unfilled if not tower.optional(name)]
+    if lost:
+        unused = unused_names(found.tower, found.measured.size)
+        lost = [name for name in lost if name not in unused]
+    if lost:
+        what = f"{report.path} does not fit {library.source}" if report else f"{library.source} is incomplete"
+        raise CheckpointMismatch(
+            f"{what}: image features depend on what is missing or of another shape ({len(lost)}): {some(lost)}"
+            + (f"\n{report.summary()}" if report else ""),
+            "They would keep random or initial values. Save the whole state dict (with buffers such as the running "
+            "statistics of batch norm), or name the architecture that it was trained with.",
+        )
 
 
 def _input_spec(entry: BackboneEntry, found: _Found) -> InputSpec:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipbench.backbones.base import InputSpec, ResizeMode
 from clipbench.backbones.checkpoint import Convert, LoadReport, filter_with_model, load_into
 from clipbench.backbones.hub import hub_access
-from clipbench.backbones.library import Library, Size, constructor_parameters
+from clipbench.backbones.library import Library, Size, constructor_parameters, stem
 from clipbench.backbones.tower import Tower
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 
@@ -79,7 +79,7 @@ class TimmLibrary(Library[TimmTower]):
                 "timm model",
                 self.name,
                 timm.list_models(),
-                see="python -c \"import timm; print(*timm.list_models('*vit*'), sep='\\n')\"",
+                see=f"clipbench list backbones 'timm:*{stem(self.name)}*'",
             )
         if self.tag is not None:
             tags = list(get_arch_pretrained_cfgs(self.name))

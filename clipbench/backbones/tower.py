@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from clipbench.backbones.base import Backbone, FeatureMap, Features, InputSpec, OutputSpec, Weights
-from clipbench.backbones.checkpoint import LoadReport
 from clipbench.errors import ClipbenchError
 
 # Total strides in use, tried beside the model's own patch sizes. Its native size is the last resort (MaxViT takes
@@ -37,6 +36,8 @@ class Tower(nn.Module, ABC):
     min_multiple: int = 1
     #: The input sizes that it takes are known to be divisible by this; None to find out.
     multiple: int | None = None
+    #: Names in `library_model` of parameters and floating-point buffers that published weights did not fill.
+    unfilled: tuple[str, ...] = ()
 
     @abstractmethod
     def run(self, x: Tensor, indices: Sequence[int] | None, global_feature: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -79,26 +80,18 @@ class Tower(nn.Module, ABC):
         """Named parameters that take part in image features."""
         return self.named_parameters()
 
+    def optional(self, name: str) -> bool:
+        """Whether a parameter or buffer of a file is known to take no part in image features, whatever a run says."""
+        del name
+        return False
+
 
 class TowerBackbone(Backbone):
-    """A backbone made of a tower.
+    """A backbone made of a tower."""
 
-    Attributes:
-        load_report: How a checkpoint file fitted, None where none was loaded.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        input: InputSpec,
-        output: OutputSpec,
-        weights: Weights,
-        tower: Tower,
-        load_report: LoadReport | None = None,
-    ) -> None:
+    def __init__(self, name: str, input: InputSpec, output: OutputSpec, weights: Weights, tower: Tower) -> None:
         super().__init__(name, input, output, weights)
         self.tower = tower
-        self.load_report = load_report
 
     def _features(self, x: Tensor, indices: list[int], global_feature: bool) -> Features:
         # A pass without any map still has to go to the end.
@@ -145,8 +138,13 @@ class TowerBackbone(Backbone):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a dry run found: see `InputSpec` and `OutputSpec`."""
+    """What a dry run found: see `InputSpec` and `OutputSpec`.
 
+    `size` is the native size, floored to `multiple` where the configured one is not divisible by it (SigLIP SO400M/14
+    at 384: the patch embedding never sees the last 6 pixels).
+    """
+
+    size: tuple[int, int]
     maps: tuple[FeatureMap, ...]
     global_dim: int
     plain: bool
@@ -163,7 +161,7 @@ def measure(name: str, tower: Tower, size: tuple[int, int]) -> Measurement:
     Args:
         name: For error messages.
         tower: In eval mode, on any device.
-        size: Native (height, width); must be accepted.
+        size: Native (height, width); it, or it floored to whole patches, must be accepted.
 
     Raises:
         ClipbenchError: The tower does not run at its native size, or its maps have no whole stride.
@@ -172,10 +170,13 @@ def measure(name: str, tower: Tower, size: tuple[int, int]) -> Measurement:
     try:
         native, global_dim = _shapes(tower, size, device)
     except _REFUSALS as error:
-        raise ClipbenchError(
-            f"{name} cannot be used as a backbone: it does not run at its own input size {size[0]}×{size[1]} "
-            f"({type(error).__name__}: {str(error).strip()[:300]})"
-        ) from error
+        floored = _floored_run(tower, size, device)
+        if floored is None:
+            raise ClipbenchError(
+                f"{name} cannot be used as a backbone: it does not run at its own input size {size[0]}×{size[1]} "
+                f"({type(error).__name__}: {str(error).strip()[:300]})"
+            ) from error
+        size, native, global_dim = floored
 
     natural = sorted({*_MULTIPLES, *_patch_sizes(tower)})
     natural += [s for s in (size[0] // 2, size[0]) if s not in natural]
@@ -202,6 +203,7 @@ def measure(name: str, tower: Tower, size: tuple[int, int]) -> Measurement:
     plain = len(set(strides)) == 1
     names = _map_names(strides, plain)
     return Measurement(
+        size=_floor(size, multiple or 1),
         maps=tuple(FeatureMap(n, c, s) for n, c, s in zip(names, channels, strides, strict=True)),
         global_dim=global_dim,
         plain=plain,
@@ -238,6 +240,53 @@ def _try_multiple(tower: Tower, m: int, size: tuple[int, int], device: torch.dev
         except _REFUSALS:
             return {s: None}
     return found
+
+
+def _floored_run(
+    tower: Tower, size: tuple[int, int], device: torch.device
+) -> tuple[tuple[int, int], Shapes, int] | None:
+    """The run at the largest size of whole patches below a native size that does not divide, where that is refused."""
+    for patch in sorted(_patch_sizes(tower), reverse=True):
+        floored = _floor(size, patch)
+        if floored == size or 0 in floored:
+            continue
+        try:
+            return floored, *_shapes(tower, floored, device)
+        except _REFUSALS:
+            continue
+    return None
+
+
+def _floor(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    return size[0] // multiple * multiple, size[1] // multiple * multiple
+
+
+def unused_names(tower: Tower, size: tuple[int, int]) -> set[str]:
+    """Names in `tower.library_model` of the parameters that no feature depends on, found out by differentiating.
+
+    Mask tokens, heads of a factory's module that its forward leaves out, … Empty where nothing can be told, as with
+    frozen own code.
+
+    Args:
+        tower: That of a dry run, so that this costs no real pass; its parameters are made to require gradients.
+        size: (height, width) that it accepts.
+    """
+    model = tower.library_model
+    if model is None:
+        return set()
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters(remove_duplicate=False)}
+    device = next(iter(parameters.values())).device
+    with torch.enable_grad():
+        maps, global_ = tower.run(torch.zeros(2, 3, *size, device=device), None, True)
+        outputs = [m for m in (*maps, global_) if m is not None and m.requires_grad]
+        if not outputs:
+            return set()
+        total = torch.stack([o.sum() for o in outputs]).sum()
+        try:
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        except (NotImplementedError, RuntimeError):  # an operation without derivative, or without one for shapes only
+            return set()
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
 
 
 def _patch_sizes(tower: Tower) -> set[int]:

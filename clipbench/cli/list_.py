@@ -41,7 +41,12 @@ def list_(
     else:
         from clipbench.registry import load_registry
 
-        rows = _KINDS[kind](load_registry(registry))
+        tasks = None
+        if kind == "suites":  # the only kind that names tasks; the others need not read the recipes
+            from clipbench.probing.recipes import catalogue
+
+            tasks = {recipe.name for recipe in catalogue()}
+        rows = _KINDS[kind](load_registry(registry, tasks=tasks))
         columns = _COLUMNS[kind]
         if glob is not None:
             rows = _matching(kind, rows, glob)
@@ -151,7 +156,7 @@ def _library_models(prefix: str, pattern: str) -> list[Row]:
     if prefix not in _LIBRARIES:
         if prefix in SYNTAX:
             raise UsageError(f"there is no list of {prefix}: sources", f"Expected {SYNTAX[prefix]}.")
-        raise UnknownNameError("source prefix", prefix, _LIBRARIES)
+        raise UnknownNameError("library of models", prefix, _LIBRARIES)
     from rich.console import Console
 
     with Console(stderr=True).status(f"Loading the model list of {prefix} …"):

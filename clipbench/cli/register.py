@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipbench.cli.common import JsonOption, print_json
 from clipbench.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipbench.backbones import LoadReport
+    from clipbench.registry import BackboneEntry, Source
 
 
 def register(
@@ -30,6 +35,9 @@ def register(
     file: Annotated[
         Path, typer.Option("--file", metavar="FILE", help="The registry file to write; made if it does not exist.")
     ] = Path("registry.yaml"),
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Load own weights first, and refuse those that do not fit.")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Write a backbone into ./registry.yaml, so that it can be named in every command."""
@@ -37,6 +45,7 @@ def register(
     from clipbench.registry import BackboneEntry, load_registry, parse_source
     from clipbench.registry.editing import write_entry
     from clipbench.registry.schema import check_name
+    from clipbench.registry.sources import expand_home
 
     check_name(name)
     parsed = parse_source(source)
@@ -48,14 +57,13 @@ def register(
             "Choose another name, or give --replace.",
         )
     for weights in (checkpoint, Path(parsed.name) if parsed.kind == "ckpt" else None):
-        if weights is not None and not weights.expanduser().is_file():
+        if weights is not None and not expand_home(weights).is_file():
             raise UsageError(f"checkpoint {weights} does not exist", "Expected a .safetensors or .pt file.")
-    check_source(BackboneEntry(name=name, source=source, checkpoint=checkpoint))
+    wanted = BackboneEntry(name=name, source=source, checkpoint=checkpoint)
+    check_source(wanted)
+    report = _load(wanted) if check and wanted.weights_kind == "checkpoint" else None
 
-    fields = {"source": source}
-    if parsed.kind == "ckpt":
-        rest = f"@{parsed.architecture}" if parsed.architecture else ""
-        fields["source"] = f"ckpt:{_as_seen_from(file, Path(parsed.name))}{rest}"
+    fields = {"source": str(_source_as_seen_from(file, parsed))}
     if checkpoint is not None:
         fields["checkpoint"] = _as_seen_from(file, checkpoint)
     fields |= {key: text for key, text in (("description", description), ("license", license_)) if text}
@@ -64,7 +72,8 @@ def register(
     suffix = "" if file.resolve() == Path("registry.yaml").resolve() else f" --registry {file}"
     following = [f"clipbench show {name}{suffix}", f"clipbench probe --backbone {name} --task ade20k{suffix}"]
     if as_json:
-        print_json({**entry.record(), "replaced": taken.origin if taken else None, "next": following})
+        loaded = {"load_report": dataclasses.asdict(report)} if report else {}
+        print_json({**entry.record(), "replaced": taken.origin if taken else None, **loaded, "next": following})
         return
     from rich.console import Console
 
@@ -76,11 +85,42 @@ def register(
     else:
         what = f"registered, wins over the one in {taken.origin}"
     console.print(f"{name}: {what}: {entry.origin}", markup=False)
+    if report:
+        console.print(report.summary(), markup=False)
     console.print("Next:", *(f"  {line}" for line in following), sep="\n", markup=False)
+
+
+def _load(entry: BackboneEntry) -> LoadReport | None:
+    """Build a backbone with its own weights, on the CPU, and say how they fitted.
+
+    Raises:
+        ClipbenchError: They cannot be read, or belong to another architecture.
+    """
+    from rich.console import Console
+
+    from clipbench.backbones import build
+
+    with Console(stderr=True).status("Loading the weights …"):
+        backbone = build(entry)
+    return getattr(backbone, "load_report", None)  # own code loads its weights itself
+
+
+def _source_as_seen_from(registry_file: Path, source: Source) -> Source:
+    """A source with its local paths as they are to be written into a registry file."""
+    if source.kind == "ckpt":
+        behind = source.architecture and _source_as_seen_from(registry_file, source.architecture)
+        name = _as_seen_from(registry_file, Path(source.name))
+        return dataclasses.replace(source, name=name, architecture=behind)
+    if source.is_folder:
+        name = _as_seen_from(registry_file, Path(source.name))
+        return dataclasses.replace(source, name=name if name[0] in "./" else f"./{name}")
+    return source
 
 
 def _as_seen_from(registry_file: Path, path: Path) -> str:
     """How to write a path into a registry file: relative if it lies below the file's folder, so that both can move."""
-    path = path.expanduser().resolve()
+    from clipbench.registry.sources import expand_home
+
+    path = expand_home(path).resolve()
     folder = registry_file.resolve().parent
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

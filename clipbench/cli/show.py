@@ -55,10 +55,10 @@ def _look_up(name: str, registry_file: Any) -> dict[str, Facts]:
     from clipbench.probing.recipes import catalogue
     from clipbench.registry import load_registry
 
-    registry = load_registry(registry_file)
     if ":" in name:
-        return {"backbone": _backbone(registry.backbone(name))}
+        return {"backbone": _backbone(load_registry(registry_file).backbone(name))}
     recipes = {recipe.name: recipe for recipe in catalogue()}
+    registry = load_registry(registry_file, tasks=recipes)
     found: dict[str, Facts] = {}
     if name in registry.backbones:
         found["backbone"] = _backbone(registry.backbones[name])
@@ -70,7 +70,7 @@ def _look_up(name: str, registry_file: Any) -> dict[str, Facts]:
     if name in registry.experts:
         found["expert"] = _expert(registry.experts[name])
     if name in registry.suites:
-        found["suite"] = _suite(registry.suites[name], recipes)
+        found["suite"] = _suite(registry.suites[name])
     if not found:
         choices = [*registry.backbones, *registry.datasets, *recipes, *registry.experts, *registry.suites]
         raise UnknownNameError("name", name, dict.fromkeys(choices), see=_LISTS)
@@ -120,8 +120,8 @@ def _expert(entry: ExpertEntry) -> Facts:
     return {"entry": entry.record()}
 
 
-def _suite(entry: SuiteEntry, recipes: Any) -> Facts:
-    return {"entry": entry.record(), "missing_tasks": [task for task in entry.tasks if task not in recipes]}
+def _suite(entry: SuiteEntry) -> Facts:
+    return {"entry": entry.record()}
 
 
 def _print_backbone(console: Console, facts: Facts) -> None:
@@ -129,6 +129,8 @@ def _print_backbone(console: Console, facts: Facts) -> None:
     pairs = [("source", entry["source"]), ("checkpoint", entry.get("checkpoint"))]
     if weights:
         pairs.append(("weights", f"{weights['origin']}: {weights['source']}"))
+    if "checkpoint" in entry and facts["ready"]:
+        pairs.append(("", "not loaded here; clipbench register and clipbench probe say how they fit"))
     pairs += _common(entry)
     if entry.get("floor"):
         pairs.append(("floor", "yes: marked in the leaderboard as the row to beat"))
@@ -189,8 +191,6 @@ def _print_expert(console: Console, facts: Facts) -> None:
 def _print_suite(console: Console, facts: Facts) -> None:
     entry = facts["entry"]
     _print_facts(console, "suite", entry["name"], [("tasks", ", ".join(entry["tasks"])), *_common(entry)])
-    if facts["missing_tasks"]:
-        _print_note(console, f"there is no recipe for {', '.join(facts['missing_tasks'])}; see clipbench list tasks")
 
 
 _PRINTERS = {

@@ -23,6 +23,9 @@ from clipbench.data.layouts import LAYOUTS, Layout, Problem, Split, get_layout, 
 
 DEFAULT_SAMPLE = 500  # pairs of each split that are decoded unless all are asked for
 
+# Kinds of problems that show without opening an image, and keep a run from reading its data.
+_STRUCTURAL = ("missing-image", "missing-mask", "unreadable-folder", "unreadable-list")
+
 Progress = Callable[[int, int], None]  # (pairs done, pairs in all)
 
 
@@ -89,7 +92,7 @@ def require_layout(layout: str, root: Path, how_to_get: str = "") -> None:
         raise missing_error(spec, [root], missing, how_to_get)
     what = []
     for split in spec.splits(root):
-        what += [problem.text(3) for problem in split.problems if problem.kind.startswith("missing")]
+        what += [problem.text(3) for problem in split.problems if problem.kind in _STRUCTURAL]
         if not split.pairs:
             what.append(f"{split.name}: no image with a mask")
     if what:
@@ -142,7 +145,9 @@ def check_dataset(
                     f"{split.name}: {len(split.pairs):,} images; the official set has {spec.official[split.name]:,}",
                 )
             )
-    report.errors += _leaks(splits, root)
+    leaks, copies = _leaks(splits, root)
+    report.errors += leaks
+    report.warnings += copies
 
     chosen: dict[tuple[Path, Path], None] = {}  # a pair may be in several splits: train is part of train_aug
     everything = {pair for split in splits for pair in split.pairs}
@@ -215,9 +220,12 @@ def _pair_faults(pair: tuple[Path, Path], root: Path, labels: frozenset[int]) ->
     return found
 
 
-def _leaks(splits: list[Split], root: Path) -> list[Problem]:
-    """Images that are in a train and in a val split, by path or by content."""
-    problems = []
+def _leaks(splits: list[Split], root: Path) -> tuple[list[Problem], list[Problem]]:
+    """Images that are in a train and in a val split: by path, which is an error, and by content.
+
+    The latter is a warning only: official archives may have such copies, and their users cannot help it.
+    """
+    leaks, copies = [], []
     groups: dict[str, dict[str, set[Path]]] = defaultdict(lambda: defaultdict(set))
     for split in splits:
         group, _, name = split.name.rpartition("/")
@@ -226,16 +234,16 @@ def _leaks(splits: list[Split], root: Path) -> list[Problem]:
         train, val = sides["train"], sides["val"]
         listed = sorted(_name(p, root) for p in train & val)
         if listed:
-            problems.append(Problem("leak", f"{len(listed)} images are in train and in val", tuple(listed)))
+            leaks.append(Problem("leak", f"{len(listed)} images are in train and in val", tuple(listed)))
         # Content: only files of equal size can be equal, which leaves few to read.
         by_size: dict[int, list[Path]] = defaultdict(list)
         for file in val - train:
-            by_size[file.stat().st_size].append(file)
+            by_size[_size(file)].append(file)
         by_hash: dict[tuple[int, str], list[Path]] = {}
         same = []
         for file in sorted(train - val):
-            size = file.stat().st_size
-            if size not in by_size:
+            size = _size(file)
+            if size not in by_size or size < 0:
                 continue
             if (size, "") not in by_hash:
                 by_hash[size, ""] = []
@@ -243,14 +251,27 @@ def _leaks(splits: list[Split], root: Path) -> list[Problem]:
                     by_hash.setdefault((size, _sha256(other)), []).append(other)
             same += [f"{_name(file, root)} = {_name(o, root)}" for o in by_hash.get((size, _sha256(file)), [])]
         if same:
-            problems.append(
-                Problem("leak", f"{len(same)} images of train are also in val under another name", tuple(same))
+            copies.append(
+                Problem("copy", f"{len(same)} images of train are also in val under another name", tuple(same))
             )
-    return problems
+    return leaks, copies
+
+
+# A file that cannot be opened (a dangling link, no permission) is like no other; decoding it says what is wrong.
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return str(file)
 
 
 def _name(path: Path, root: Path) -> str:

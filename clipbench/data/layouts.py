@@ -88,13 +88,15 @@ class Layout(ABC):
     def splits(self, root: Path) -> Iterator[Split]:
         """The splits that are on disk, by name only; the layout's requirements are met."""
 
+    # os.path.exists is False where Path.exists raises: in a folder that may not be looked into.
+
     def looks_like(self, folder: Path) -> bool:
         """Whether a folder is the root of this layout, even a damaged one."""
-        return any(path.exists() for path in self.requirements(folder))
+        return any(os.path.exists(path) for path in self.requirements(folder))
 
     def missing(self, root: Path) -> list[Path]:
         """The requirements that are not met."""
-        return [path for path in self.requirements(root) if not path.exists()]
+        return [path for path in self.requirements(root) if not os.path.exists(path)]
 
 
 class ADE20K(Layout):
@@ -118,7 +120,10 @@ class ADE20K(Layout):
     def splits(self, root: Path) -> Iterator[Split]:
         for split, folder in self._folders.items():
             images, masks = root / "images" / folder, root / "annotations" / folder
-            yield _paired(root, split, images, masks, _stems(images, ".jpg"), _stems(masks, ".png"))
+            try:
+                yield _paired(root, split, images, masks, _stems(images, ".jpg"), _stems(masks, ".png"))
+            except _UnreadableError as error:
+                yield Split(split, [], [error.problem(root)])
 
 
 class VOC2012(Layout):
@@ -145,12 +150,16 @@ class VOC2012(Layout):
 
     def splits(self, root: Path) -> Iterator[Split]:
         images = root / "JPEGImages"
-        present = _stems(images, ".jpg")
+        try:
+            present = _stems(images, ".jpg")
+        except _UnreadableError as error:
+            yield from (Split(split, [], [error.problem(root)]) for split in ("train", "val"))
+            return
         official = root / "SegmentationClass"
         train = self._listed(root, "train", official, present)
         yield train
         yield self._listed(root, "val", official, present)
-        if self._list(root, "aug").exists():
+        if os.path.exists(self._list(root, "aug")):
             aug = self._listed(root, "aug", root / "SegmentationClassAug", present)
             both = sorted({i.stem for i, _ in train.pairs} & {i.stem for i, _ in aug.pairs})
             problems = list(aug.problems)
@@ -165,13 +174,16 @@ class VOC2012(Layout):
     def _listed(self, root: Path, split: str, masks: Path, images: set[str]) -> Split:
         """The members that a list names; the folders hold more, for other tasks."""
         file = self._list(root, split)
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in _read(file).splitlines() if line.strip()]
+            has_mask = _stems(masks, ".png") if os.path.exists(masks) else set()
+        except _UnreadableError as error:
+            return Split(split, [], [error.problem(root)])
         problems = []
         repeated = sorted(name for name, times in Counter(names).items() if times > 1)
         if repeated:
             problems.append(Problem("repeated-entry", f"{file.name} names images twice", tuple(repeated)))
         names = list(dict.fromkeys(names))
-        has_mask = _stems(masks, ".png") if masks.is_dir() else set()
         where = f"of {file.name}"
         no_image = [f"JPEGImages/{n}.jpg" for n in names if n not in images]
         no_mask = [f"{masks.name}/{n}.png" for n in names if n not in has_mask]
@@ -183,9 +195,34 @@ class VOC2012(Layout):
         return Split(split, pairs, problems, (file,))
 
 
+class _UnreadableError(Exception):
+    """A folder or list is there but cannot be read."""
+
+    def __init__(self, kind: str, path: Path, why: str) -> None:
+        super().__init__(path, why)
+        self.kind, self.path, self.why = kind, path, why
+
+    def problem(self, root: Path) -> Problem:
+        """As a fault of the data set."""
+        file = self.path.relative_to(root).as_posix()
+        return Problem(f"unreadable-{self.kind}", f"{self.kind} cannot be read ({self.why})", (file,))
+
+
 def _stems(folder: Path, suffix: str) -> set[str]:
-    with os.scandir(folder) as entries:  # several times faster than Path.glob on 20,000 files
-        return {entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)}
+    try:
+        with os.scandir(folder) as entries:  # several times faster than Path.glob on 20,000 files
+            return {entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)}
+    except OSError as error:
+        raise _UnreadableError("folder", folder, error.strerror or str(error)) from error
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _UnreadableError("list", file, error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise _UnreadableError("list", file, "it is not text in UTF-8") from error
 
 
 def _paired(root: Path, split: str, images: Path, masks: Path, image_stems: set[str], mask_stems: set[str]) -> Split:
@@ -246,14 +283,16 @@ def get_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def missing_error(layout: Layout, where: list[Path], what: list[str], how_to_get: str = "") -> ClipbenchError:
-    """The error for a data set that is not there, or only in part."""
+def missing_error(
+    layout: Layout, where: list[Path], what: list[str], how_to_get: str = "", folder: str | None = None
+) -> ClipbenchError:
+    """The error for a data set that is not there, or only in part; `folder` of its entry wins over the layout's own."""
     looked = "\n".join(f"  looked in {path}" for path in where)
     listed = "\n".join(f"  {line}" for line in what)
     hint = (
         f"{how_to_get or layout.how_to_get}\n"
         f"Then give its folder with --data-root, set `root:` in registry.yaml, or put it at "
-        f"$CLIPBENCH_DATA/{layout.folder}.\n"
+        f"$CLIPBENCH_DATA/{folder or layout.folder}.\n"
     )
     if layout.name != "toyworld":
         hint += "To try things out without it: clipbench data toyworld data/toyworld"

@@ -36,20 +36,23 @@ def resolve_root(entry: HasRoot, data_root: Path | None = None) -> Path:
     Raises:
         ClipbenchError: None of the places exists. Names all of them and says how to get the data.
         UnknownNameError: The entry's layout is not known.
+        UsageError: A place starts from the home (`~name`) of a user that does not exist.
     """
+    from clipbench.registry.sources import expand_home
+
     layout = get_layout(entry.layout)
     folders = list(dict.fromkeys(f for f in (getattr(entry, "folder", None), layout.folder) if f))
     named = data_root or entry.root
     if named is not None:
-        places = [Path(named).expanduser()]
+        places = [expand_home(Path(named))]
     else:
-        bases = [Path(os.environ["CLIPBENCH_DATA"]).expanduser()] if os.environ.get("CLIPBENCH_DATA") else []
+        bases = [expand_home(Path(os.environ["CLIPBENCH_DATA"]))] if os.environ.get("CLIPBENCH_DATA") else []
         places = [base / folder for base in (*bases, Path("data")) for folder in folders]
     for place in places:
-        if place.is_dir():
+        if os.path.isdir(place):  # False where Path.is_dir raises: in a folder that may not be looked into
             return _within(place, layout)
     what = ["no such folder" if len(places) == 1 else "none of these folders exists"]
-    raise missing_error(layout, places, what, get_hint(entry))
+    raise missing_error(layout, places, what, get_hint(entry), getattr(entry, "folder", None))
 
 
 def get_hint(entry: object) -> str:
@@ -66,6 +69,6 @@ def _within(place: Path, layout: Layout) -> Path:
     # ADEChallengeData2016; VOCdevkit/VOC2012, VOC2012
     for start in range(len(parts)):
         below = place.joinpath(*parts[start:])
-        if below.is_dir():
+        if os.path.isdir(below):
             return below
     return place

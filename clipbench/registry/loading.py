@@ -6,7 +6,8 @@ problems of all files are collected and reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -33,9 +34,11 @@ from clipbench.registry.sources import parse_source
 
 FILE_NAME = "registry.yaml"
 _TOP_KEYS = ("version", *SECTIONS)
+_COLLECTION_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 # Types of validation errors that the schema raises itself: their message is a whole predicate.
-_OWN_MESSAGES = ("one_of", "blank", "source", "unique")
+_OWN_MESSAGES = ("one_of", "blank", "source", "unique", "home", "statistics")
 # pydantic's words for the commonest slips, said in terms of YAML.
 _EXPECTED = {
     "string_type": "must be text",
@@ -100,7 +103,10 @@ class Registry:
         """
         if ":" in name:
             parse_source(name)
-            return BackboneEntry(name=name, source=name)
+            try:
+                return BackboneEntry(name=name, source=name)
+            except ValidationError as error:  # the home of a user that does not exist
+                raise UsageError(f"source '{name}': {error.errors()[0]['msg']}", "Write the path out.") from error
         see = "clipbench list backbones; or name a source, as in timm:vit_small_patch14_dinov2.lvd142m"
         return self._find("backbone", self.backbones, name, see)
 
@@ -127,12 +133,13 @@ class Registry:
         return entries[name]
 
 
-def load_registry(extra: Path | None = None, cwd: Path | None = None) -> Registry:
+def load_registry(extra: Path | None = None, cwd: Path | None = None, tasks: Collection[str] | None = None) -> Registry:
     """Read all registry files in force.
 
     Args:
         extra: The file of `--registry`, which wins over all others.
         cwd: Where to look for `./registry.yaml`; None for the working directory.
+        tasks: All tasks there are; a suite that names another is a problem. None for those who do not know them.
 
     Raises:
         RegistryError: Any of the files is broken; holds all problems of all files.
@@ -154,7 +161,7 @@ def load_registry(extra: Path | None = None, cwd: Path | None = None) -> Registr
     sections: dict[str, dict[str, Entry]] = {section: {} for section in SECTIONS}
     problems: list[Problem] = []
     for path, base in bases.items():
-        entries, found = read_file(path, base)
+        entries, found = read_file(path, base, tasks)
         problems += found
         for section, named in entries.items():
             sections[section] |= named
@@ -163,23 +170,28 @@ def load_registry(extra: Path | None = None, cwd: Path | None = None) -> Registr
     return Registry(**cast(dict[str, Any], sections), files=tuple(bases))
 
 
-def read_file(path: Path, base: Path) -> tuple[dict[str, dict[str, Entry]], list[Problem]]:
+def read_file(
+    path: Path, base: Path, tasks: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Entry]], list[Problem]]:
     """Read and check one file.
 
     Args:
         path: The file.
         base: Folder that relative paths in it start from.
+        tasks: See `load_registry`.
 
     Returns:
         Valid entries by section and name, and everything that is wrong with the rest.
     """
     try:
-        return check_text(path.read_text(encoding="utf-8"), path, base)
+        return check_text(path.read_text(encoding="utf-8"), path, base, tasks)
     except (OSError, UnicodeDecodeError) as error:
         return {}, [Problem(path, 0, f"cannot be read: {error}")]
 
 
-def check_text(text: str, path: Path, base: Path) -> tuple[dict[str, dict[str, Entry]], list[Problem]]:
+def check_text(
+    text: str, path: Path, base: Path, tasks: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Entry]], list[Problem]]:
     """As `read_file`, for a text that is or will be the content of `path`."""
     try:
         root = YAML(typ="safe", pure=True).compose(text)
@@ -189,7 +201,12 @@ def check_text(text: str, path: Path, base: Path) -> tuple[dict[str, dict[str, E
         return {}, [Problem(path, mark.line + 1 if mark else 0, f"is not valid YAML: {what}")]
     except YAMLError as error:
         return {}, [Problem(path, 0, f"is not valid YAML: {' '.join(str(error).split())}")]
-    reader = _Reader(path, base)
+    except RecursionError:
+        return {}, [Problem(path, 0, "is nested too deeply")]
+    faults = [Problem(path, line, text) for line, text in _unusable(root)] if root is not None else []
+    if faults:
+        return {}, sorted(faults)
+    reader = _Reader(path, base, tasks)
     entries = reader.read(root)
     return entries, sorted(reader.problems)
 
@@ -197,15 +214,17 @@ def check_text(text: str, path: Path, base: Path) -> tuple[dict[str, dict[str, E
 class _Reader:
     """Turns the nodes of one file into entries, and keeps account of what is wrong."""
 
-    def __init__(self, path: Path, base: Path) -> None:
+    def __init__(self, path: Path, base: Path, tasks: Collection[str] | None = None) -> None:
         self.path = path
         self.base = base
+        self.tasks = tasks
         self.problems: list[Problem] = []
 
     def read(self, root: Node | None) -> dict[str, dict[str, Entry]]:
         sections: dict[str, dict[str, Entry]] = {}
         if root is None:
-            self.problem(1, f"is empty; it needs at least 'version: {VERSION}'")
+            advice = "or delete it: clipbench register NAME --source SOURCE makes a new one"
+            self.problem(1, f"is empty; it needs at least 'version: {VERSION}'; {advice}")
             return sections
         if not isinstance(root, MappingNode):
             self.problem(_line(root), "must be a mapping with the keys " + ", ".join(_TOP_KEYS))
@@ -266,6 +285,13 @@ class _Reader:
             for detail in error.errors(include_url=False):
                 self.problem(_line_at(body, detail["loc"], line), f"{label}: {_sentence(detail)}")
             return None
+        if isinstance(entry, SuiteEntry) and self.tasks is not None:
+            for index, task in enumerate(entry.tasks):
+                if task not in self.tasks:
+                    where = _line_at(body, ("tasks", index), line)
+                    close = nearest(task, self.tasks)
+                    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see clipbench list tasks"
+                    self.problem(where, f"{label}: unknown task '{task}'; {hint}")
         return entry if len(self.problems) == before else None
 
     def items(self, node: MappingNode, label: str) -> Iterator[tuple[str, int, Node]]:
@@ -316,7 +342,7 @@ def _suggest(name: str, choices: Iterable[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else reprlib.repr(value)  # bounded: aliases can make it endless
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -332,18 +358,66 @@ def _is_null(node: Node) -> bool:
     return isinstance(node, ScalarNode) and _value(node) is None
 
 
+def _unusable(root: Node) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) of all nodes that no plain value can be made of, each of which `_value` would fail on."""
+    done: set[int] = set()
+    above: set[int] = set()  # the collections that the node lies in
+
+    def walk(node: Node) -> Iterator[tuple[int, str]]:
+        if id(node) in above:
+            yield _line(node), "an alias (*…) stands inside the very thing it repeats"
+            return
+        if id(node) in done:  # an alias
+            return
+        done.add(id(node))
+        if isinstance(node, ScalarNode):
+            try:
+                _value(node)
+            # Of these the first is ruamel's own; the rest come from int(), date() and the like behind it.
+            except (YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+                what = getattr(error, "problem", None) or str(error)
+                yield (
+                    _line(node),
+                    f"{_shown(node.value)!r} cannot be read: {_shown(what)}; put it in quotes if it is text",
+                )
+            return
+        if node.tag not in _COLLECTION_TAGS:
+            yield _line(node), f"the tag {node.tag} is not supported; leave it out"
+            return
+        above.add(id(node))
+        for item in node.value:
+            if isinstance(node, SequenceNode):
+                yield from walk(item)
+                continue
+            key, value = item
+            if key.tag == _MERGE_TAG:
+                yield _line(key), "merge keys (<<) are not supported; write the keys out"
+            elif isinstance(key, ScalarNode):
+                yield from walk(key)
+            else:
+                yield _line(key), f"a key must be text, got {_describe(key)}; put it in quotes"
+            yield from walk(value)
+        above.remove(id(node))
+
+    return walk(root)
+
+
 def _value(node: Node) -> Any:
-    """Plain Python value of a node."""
+    """Plain Python value of a node that `_unusable` has nothing against."""
     yaml = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = True  # reported with their lines elsewhere
     return yaml.constructor.construct_document(node)
 
 
-def _duplicates(nodes: Iterable[Node]) -> Iterator[tuple[str, int, int]]:
+def _duplicates(nodes: Iterable[Node], visited: set[int] | None = None) -> Iterator[tuple[str, int, int]]:
     """(key, line, line of the first) of keys given twice anywhere below these nodes."""
+    visited = set() if visited is None else visited
     for node in nodes:
+        if id(node) in visited:  # aliases of aliases would be exponentially many
+            continue
+        visited.add(id(node))
         if isinstance(node, SequenceNode):
-            yield from _duplicates(node.value)
+            yield from _duplicates(node.value, visited)
         elif isinstance(node, MappingNode):
             seen: dict[str, int] = {}
             for key, value in node.value:
@@ -351,7 +425,7 @@ def _duplicates(nodes: Iterable[Node]) -> Iterator[tuple[str, int, int]]:
                     yield key.value, _line(key), seen[key.value]
                 elif isinstance(key, ScalarNode):
                     seen[key.value] = _line(key)
-                yield from _duplicates([value])
+                yield from _duplicates([value], visited)
 
 
 def _line_at(body: MappingNode, loc: Iterable[str | int], default: int) -> int:

@@ -6,7 +6,10 @@ it comes from, so that every later message can point there.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -16,7 +19,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -24,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from clipbench.errors import UsageError, nearest
-from clipbench.registry.sources import Source, WeightsKind, parse_source
+from clipbench.registry.sources import Source, WeightsKind, expand_home, parse_source
 
 VERSION = 1
 
@@ -67,8 +69,22 @@ def _one_of(choices: tuple[str, ...]) -> BeforeValidator:
 def _local_path(value: Path, info: ValidationInfo) -> Path:
     """Resolve `~` and, when the context says where the file lies, a relative path."""
     base = (info.context or {}).get("base")
-    value = value.expanduser()
+    try:
+        value = expand_home(value)
+    except UsageError as error:
+        raise PydanticCustomError("home", "{text}", {"text": f"names no place: {error.message}"}) from error
     return base / value if base is not None else value
+
+
+def _located(source: Source, info: ValidationInfo) -> Source:
+    """A source with the local paths in it resolved."""
+    if source.kind == "ckpt":
+        behind = source.architecture and _located(source.architecture, info)
+        return replace(source, name=str(_local_path(Path(source.name), info)), architecture=behind)
+    if source.is_folder:
+        name = str(_local_path(Path(source.name), info))
+        return replace(source, name=name if name[0] in "./" else f"./{name}")
+    return source
 
 
 def _not_blank(value: Any) -> Any:
@@ -84,14 +100,37 @@ def _check_source(value: str, info: ValidationInfo) -> str:
         hint = error.hint[:1].lower() + error.hint[1:]
         text = f"is not a source: {error.message}; {hint}".rstrip("; .")
         raise PydanticCustomError("source", "{text}", {"text": text}) from error
-    if source.kind == "ckpt":
-        return str(Source("ckpt", str(_local_path(Path(source.name), info)), architecture=source.architecture))
-    return value
+    return str(_located(source, info))
 
 
 Text = Annotated[str, BeforeValidator(_not_blank)]
 LocalPath = Annotated[Path, AfterValidator(_local_path), BeforeValidator(_not_blank)]
-_Positive = Annotated[float, Field(gt=0)]
+# No backbone looks at more; a slip of the keyboard would fill the memory.
+_Pixels = Annotated[int, Field(gt=0, le=8192)]
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """What is wrong with per-channel statistics for images in [0, 1].
+
+    Args:
+        mean, std: One number a channel.
+
+    Returns:
+        A sentence a problem, naming "mean" or "std"; empty where they can be used.
+    """
+    checks = (
+        ("mean", mean, "from 0 to 1", lambda value: 0 <= value <= 1),
+        ("std", std, "above 0 and at most 2", lambda value: 0 < value <= 2),
+    )
+    problems = []
+    for name, values, expected, valid in checks:
+        if all(math.isfinite(value) and valid(value) for value in values):
+            continue
+        shown = ", ".join(f"{value:g}" for value in values)
+        scaled = all(math.isfinite(value) and value >= 0 for value in values) and max(values) > 2
+        hint = "; these look like 0-255 statistics: divide them by 255" if scaled else ""
+        problems.append(f"{name} must be {expected} in every channel, since images are in [0, 1]; got {shown}{hint}")
+    return problems
 
 
 class _Strict(BaseModel):
@@ -103,14 +142,14 @@ class InputOverride(_Strict):
 
     Attributes:
         mean, std: Per-channel RGB statistics for images in [0, 1].
-        size: (height, width) in pixels; one number in the file stands for a square.
+        size: (height, width) in pixels, at most 8192; one number in the file stands for a square.
         resize_mode: How a whole image becomes `size`: crop, squash or longest.
         interpolation: bicubic, bilinear or nearest.
     """
 
     mean: tuple[float, float, float] | None = None
-    std: tuple[_Positive, _Positive, _Positive] | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = None
+    std: tuple[float, float, float] | None = None
+    size: tuple[_Pixels, _Pixels] | None = None
     resize_mode: Annotated[ResizeMode, _one_of(get_args(ResizeMode))] | None = None
     interpolation: Annotated[Interpolation, _one_of(get_args(Interpolation))] | None = None
 
@@ -118,6 +157,16 @@ class InputOverride(_Strict):
     @classmethod
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _for_unit_range(cls, value: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        if value is not None:
+            given = {"mean": (0.5,), "std": (0.5,), str(info.field_name): value}
+            for problem in check_statistics(given["mean"], given["std"]):
+                text = problem.partition(" ")[2]  # the key is named before it
+                raise PydanticCustomError("statistics", "{text}", {"text": text})
+        return value
 
 
 class Entry(_Strict):

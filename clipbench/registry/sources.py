@@ -2,7 +2,7 @@
 
     timm:NAME[.TAG]         an image model of timm; no tag: the architecture with random weights
     openclip:ARCH[/TAG]     a two-tower model of open_clip; no tag: random weights
-    hf:REPO[@REVISION]      a vision model of transformers: `owner/name` on the Hub, or a folder (`./…`, `/…`, `~…`)
+    hf:REPO[@REVISION]      a vision model of transformers: `owner/name` on the Hub; or a folder (`./…`, `/…`, `~…`)
     ckpt:PATH[@SOURCE]      own weights, on the architecture of another source (`ckpt:my.pt@timm:vit_base_patch16_224`)
     python:MODULE:FACTORY   own code: `FACTORY()` of an importable module returns the backbone
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from clipbench.errors import UnknownNameError, UsageError
@@ -33,7 +34,8 @@ SYNTAX: dict[str, str] = {
 _PATTERNS = {
     "timm": re.compile(r"(?P<name>\w+)(\.(?P<tag>\w+))?", re.ASCII),
     "openclip": re.compile(r"(?P<name>[\w.-]+)(/(?P<tag>[\w.-]+))?", re.ASCII),
-    "hf": re.compile(r"(?P<name>[./~][^@\n]*|[\w.-]+(/[\w.-]+)?)(@(?P<tag>[\w./-]+))?", re.ASCII),
+    # A folder has no revisions, and may have "@" in its name.
+    "hf": re.compile(r"(?P<name>[./~][^\n]*|[\w-][\w.-]*(/[\w.-]+)?)(@(?P<tag>[\w./-]+))?", re.ASCII),
     "python": re.compile(r"(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<tag>[^\W\d]\w*)"),
 }
 # The architecture behind a checkpoint starts at the last "@" that a source prefix follows; a path may hold other "@".
@@ -61,6 +63,11 @@ class Source:
             return f"ckpt:{self.name}" + (f"@{self.architecture}" if self.architecture else "")
         separator = {"timm": ".", "openclip": "/", "hf": "@", "python": ":"}[self.kind]
         return f"{self.kind}:{self.name}" + (f"{separator}{self.tag}" if self.tag else "")
+
+    @property
+    def is_folder(self) -> bool:
+        """A local folder where others of its kind name a repository."""
+        return self.kind == "hf" and self.name[0] in "./~"
 
     @property
     def weights(self) -> WeightsKind:
@@ -91,6 +98,20 @@ def parse_source(text: str) -> Source:
     if match is None:
         raise _malformed(text, prefix)
     return Source(prefix, match["name"], match["tag"])  # type: ignore[arg-type]
+
+
+def expand_home(path: Path) -> Path:
+    """`~` and `~user` written out.
+
+    Raises:
+        UsageError: There is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"'{path}' starts from the home of a user that does not exist", "Write the path out."
+        ) from error
 
 
 def _parse_checkpoint(text: str, rest: str) -> Source:

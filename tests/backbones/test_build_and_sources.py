@@ -26,6 +26,12 @@ def test_seed() -> None:
     assert (backbone.weights.origin, backbone.weights.source) == ("random", "seed 4")
 
 
+def test_seed_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights are made on the CPU; the generators of GPUs belong to whoever calls."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeds GPUs"))
+    build("timm:test_resnet", seed=1)
+
+
 def test_describe_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     describe("timm:test_vit")
@@ -89,6 +95,7 @@ def _floats(*values: float) -> list[bytes]:
     ("source", "message"),
     [
         ("timm:vit_tiny_pathc16_224", "Did you mean: vit_tiny_patch16_224"),
+        ("timm:resnet5000", r"clipbench list backbones 'timm:\*resnet\*'"),
         ("timm:vit_tiny_patch16_224.augreg_in21", "Did you mean: augreg_in21k"),
         ("tim:resnet18", "Did you mean: timm"),
         ("nonsense", "clipbench list backbones"),
@@ -124,6 +131,43 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = str(caught.value)
     for part in ("timm/resnet18.a1_in1k", "model.safetensors", str(tmp_path), "hf download", "--checkpoint FILE"):
         assert part in said
+
+
+def test_errors_of_the_network_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out of the Hub's client is no OSError; and an error may have no message."""
+    from http.client import IncompleteRead
+
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from clipbench.backbones import hub
+
+    monkeypatch.setattr(hub, "_hub_resolves", lambda _: True)
+    for error in (HfHubHTTPError.__bases__[0]("timed out"), OSError(), IncompleteRead(b"")):
+        with (
+            pytest.raises(ClipbenchError, match=f"could not be fetched \\({type(error).__name__}"),
+            hub.hub_access("the weights", "a/b", "model.safetensors", "Or not."),
+        ):
+            raise error
+
+
+def test_native_size_that_the_patch_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP SO400M/14 at 384: the declared size is the whole patches of it, with the library's own output."""
+    from clipbench.backbones import timm_models
+
+    create = timm.create_model
+    tiny = {"img_size": 38, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    tiny["pretrained_cfg_overlay"] = {"input_size": (3, 38, 38)}
+    monkeypatch.setattr(timm_models.timm, "create_model", lambda *a, **k: create(*a, **{**tiny, **k}))
+    backbone = build("timm:vit_tiny_patch16_224")
+    assert (backbone.input.size, backbone.input.multiple, backbone.input.fixed_size) == ((32, 32), 8, False)
+    own = create("vit_tiny_patch16_224", num_classes=0, **tiny).eval()
+    own.load_state_dict(backbone.tower.model.state_dict())
+    images = torch.rand(2, 3, 38, 38)
+    with torch.no_grad():
+        expected = own.forward_features(backbone.normalise(images))
+        features = backbone(images[..., :32, :32], global_feature=True)
+    torch.testing.assert_close(features.maps[0].flatten(2).transpose(1, 2), expected[:, 1:])
+    torch.testing.assert_close(features.global_, expected[:, 0])
 
 
 def test_input_override() -> None:
@@ -244,6 +288,12 @@ def test_own_backbone_that_declares_what_is_not_true(tmp_path: Path) -> None:
         build(source)
 
 
+def test_own_backbone_with_statistics_of_bytes(tmp_path: Path) -> None:
+    code = OWN_BACKBONE.replace("CHANNELS", "7").replace("mean=(0.5,) * 3", "mean=(123.675, 116.28, 103.53)")
+    with pytest.raises(UsageError, match="0-255 statistics"):
+        describe(_module(tmp_path, "cb_byte_backbone", code))
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -273,3 +323,37 @@ def test_own_code_that_is_not_there(tmp_path: Path) -> None:
     _module(tmp_path, "cb_named", "def make():\n    pass\n")
     with pytest.raises(UnknownNameError, match="Did you mean: make"):
         check_source("python:cb_named:mak")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("cb_bad_syntax", "def make(:\n", r"importing module cb_bad_syntax failed \(SyntaxError"),
+        ("cb_bad_import", "raise RuntimeError('no licence')\n", r"failed \(RuntimeError: no licence"),
+        ("cb_bad_needs", "def make(width, depth=2, *, heads):\n    pass\n", "it requires width, heads"),
+    ],
+)
+def test_own_code_that_cannot_be_called(tmp_path: Path, name: str, code: str, message: str) -> None:
+    source = _module(tmp_path, name, code)
+    with pytest.raises(UsageError, match=message) as caught:
+        check_source(source)
+    assert (caught.value.__cause__ is None) == (name == "cb_bad_needs")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (0, "net.mean = 0.5", r"mean must be three numbers.* got 0\.5"),
+        (1, "net.mean = (123.675, 116.28, 103.53)", "0-255 statistics"),
+        (2, "net.std = (0.2, 0.0, 0.2)", "std must be"),
+        (3, "net.std = (0.2, float('nan'), 0.2)", "std must be"),
+        (4, "net.size = '224'", "size must be a positive whole number"),
+        (5, "net.size = (64, 64, 64)", "size must be a positive whole number"),
+        (6, "net.multiple = 0.5", "multiple must be a positive whole number"),
+        (7, "net.size, net.multiple = 100, 8", "not divisible by multiple 8"),
+    ],
+)
+def test_own_declaration_that_is_wrong(tmp_path: Path, number: int, code: str, message: str) -> None:
+    body = f"def make():\n    net = nn.Conv2d(3, 5, 8, stride=8)\n    {code}\n    return net\n"
+    with pytest.raises(UsageError, match=message):
+        describe(_module(tmp_path, f"cb_wrong_{number}", body))

@@ -154,6 +154,47 @@ def test_preprocessing(tmp_path: Path, processor: dict[str, object], expected: t
     assert spec.interpolation == "bicubic"
 
 
+@pytest.mark.parametrize(
+    ("resample", "name"), [(0, "nearest"), (1, "lanczos"), (2, "bilinear"), (4, "box"), (5, "hamming")]
+)
+def test_interpolation_is_the_processors_own(tmp_path: Path, resample: int, name: str) -> None:
+    _save(tr.ViTConfig(**VIT), tmp_path, resample=resample)
+    assert describe(f"hf:{tmp_path}").input.interpolation == name
+
+
+def test_unknown_interpolation_is_refused() -> None:
+    from types import SimpleNamespace
+
+    from clipbench.backbones.hf_models import _input_spec
+
+    processor = SimpleNamespace(size={"height": 64, "width": 64}, resample=9)
+    with pytest.raises(ClipbenchError, match="resampling filter 9"):
+        _input_spec("hf:x", processor, SimpleNamespace(image_size=64))
+
+
+def test_native_size_that_the_patch_does_not_divide(tmp_path: Path) -> None:
+    """The declared size is the whole patches of it; what lies beyond them never reached the model."""
+    own = _save(tr.ViTConfig(**{**VIT, "image_size": 70}), tmp_path, size={"height": 70, "width": 70})
+    backbone = build(f"hf:{tmp_path}")
+    assert (backbone.input.size, backbone.input.multiple) == ((64, 64), 16)
+    images = torch.rand(1, 3, 70, 70)
+    with torch.no_grad():
+        expected = own(backbone.normalise(images)).pooler_output
+        torch.testing.assert_close(backbone(images[..., :64, :64], global_feature=True).global_, expected)
+
+
+def test_incomplete_repository_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _save(tr.ViTConfig(**VIT), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if k != "layernorm.bias"}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ClipbenchError, match=r"incomplete.*layernorm\.bias"):
+        build(f"hf:{tmp_path}")
+
+
 def test_rescaling_is_part_of_the_normalisation(tmp_path: Path) -> None:
     _save(tr.ViTConfig(**VIT), tmp_path, rescale_factor=1 / 127.5, image_mean=[1, 1, 1], image_std=[1, 1, 1])
     spec = describe(f"hf:{tmp_path}").input
@@ -171,6 +212,10 @@ def test_refusals(tmp_path: Path) -> None:
     _save(tr.ViTMAEConfig(**VIT), tmp_path)
     with pytest.raises(UsageError, match="drops three quarters"):
         build(f"hf:{tmp_path}")
+    for config, reason in ((tr.HieraConfig(), "ordered by mask units"), (tr.FocalNetConfig(), "after downsampling")):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match=reason):
+            build(f"hf:{tmp_path}")
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -122,6 +122,32 @@ def test_activation_follows_the_weights() -> None:
     assert activation(None) is nn.GELU
 
 
+def test_activation_is_never_downgraded() -> None:
+    """QuickGELU wherever the architecture or the tag says so, over all published weights."""
+    from open_clip.pretrained import _PRETRAINED
+
+    from clipbench.backbones.openclip_models import OpenClipLibrary
+
+    for name, tags in _PRETRAINED.items():
+        own = bool(open_clip.get_model_config(name).get("quick_gelu"))
+        for tag, config in tags.items():
+            found = OpenClipLibrary(name, tag).activation().get("quick_gelu", own)
+            assert found is (own or bool(config.get("quick_gelu"))), f"{name}/{tag}"
+    # An architecture that says so, under a tag that is silent.
+    assert OpenClipLibrary("roberta-ViT-B-32", "laion2b_s12b_b32k").activation() == {}
+
+
+def test_wrong_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipbench.backbones import openclip_models
+
+    def download(_: object) -> str:
+        raise RuntimeError("Model has been downloaded but the SHA256 checksum does not not match")
+
+    monkeypatch.setattr(openclip_models, "download_pretrained", download)
+    with pytest.raises(ClipbenchError, match="their checksum is wrong"):
+        openclip_models.OpenClipLibrary("ViT-B-16", "openai")._download()
+
+
 def test_the_root_logger_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     import logging
 
@@ -132,8 +158,9 @@ def test_the_root_logger_is_left_alone(capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean: ViT-B-16"):
+    with pytest.raises(UnknownNameError, match="Did you mean: ViT-B-16") as caught:
         check_source("openclip:ViT-B-61")
+    assert "clipbench list backbones 'openclip:*ViT*'" in caught.value.hint
     with pytest.raises(UnknownNameError, match="Did you mean: openai"):
         check_source("openclip:ViT-B-16/openia")
 

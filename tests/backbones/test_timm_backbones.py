@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "edgenext_xx_small": (False, BY_STAGE, ANY),
     "mobilevitv2_050": (False, [2, *BY_STAGE], [(64, 64), (128, 128), (64, 128)]),
     "efficientvit_b0": (False, BY_STAGE, ANY),
+    "tiny_vit_5m_224": (False, BY_STAGE, ANY),
     # convolutional
     "resnet18": (False, [2, *BY_STAGE], [*ANY, (75, 101)]),
     "resnet10t": (False, [2, *BY_STAGE], ANY),
@@ -45,8 +46,10 @@ ARCHITECTURES = {
     "regnetx_002": (False, [2, *BY_STAGE], ANY),
     "densenet121": (False, [2, *BY_STAGE], ANY),
     "fastvit_t8": (False, BY_STAGE, ANY),
+    "hrnet_w18_small": (False, [2, *BY_STAGE], ANY),
     # of one size only
     "convit_tiny": (True, [16] * 12, [(224, 224)]),
+    "mixer_s32_224": (True, [32] * 8, [(224, 224)]),
     "levit_128s": (False, [16, 32, 56], [(224, 224)]),
     "coat_lite_tiny": (False, BY_STAGE, [(224, 224)]),
 }

@@ -129,7 +129,8 @@ def test_list_registry_option(run, tmp_path):
     [
         (("backbone",), ["unknown kind", "backbones"]),
         (("backbones", "dinov2-vit14"), ["unknown backbone 'dinov2-vit14'", "dinov2-vitb14"]),
-        (("backbones", "tim:x"), ["unknown source prefix 'tim'", "timm"]),
+        (("backbones", "tim:x"), ["unknown library of models 'tim'", "timm"]),
+        (("backbones", "foo:x"), ["unknown library of models 'foo'", "timm, openclip"]),
         (("backbones", "hf:x"), ["no list of hf: sources"]),
     ],
 )
@@ -236,11 +237,13 @@ def test_show_data_set_that_is_there(run, tmp_path):
     assert "note:" not in out
 
 
-def test_show_suite_names_tasks_without_recipe(run):
-    Path("registry.yaml").write_text("version: 1\nsuites:\n  s: {tasks: [ade20k, nothing]}\n")
-    status, out, _ = run("show", "s")
-    assert status == 0
-    assert "no recipe for nothing" in out
+@pytest.mark.parametrize("command", [("show", "s"), ("list", "suites")])
+def test_suites_with_unknown_tasks_are_refused(run, command):
+    Path("registry.yaml").write_text("version: 1\nsuites:\n  s:\n    tasks:\n    - voc2012\n    - ade20\n")
+    status, _, err = run(*command)
+    assert status == 2
+    assert "registry.yaml:6: suite 's': unknown task 'ade20'; did you mean 'ade20k'?" in err
+    assert run("list", "backbones")[0] == 0  # names no task and reads no recipe
 
 
 def test_show_expert(run):
@@ -285,9 +288,8 @@ def test_register_makes_the_file_and_stores_paths_relative_to_it(run, tmp_path):
     for file in ("lab/w/a.pt", "b.pt"):
         Path(file).write_bytes(b"x")
     for name, checkpoint in (("a", "lab/w/a.pt"), ("b", "b.pt")):
-        status, out, err = run(
-            "register", name, "--source", "timm:resnet18", "--checkpoint", checkpoint, "--file", "lab/r.yaml", "--json"
-        )
+        options = ("--file", "lab/r.yaml", "--json", "--no-check")
+        status, out, err = run("register", name, "--source", "timm:resnet18", "--checkpoint", checkpoint, *options)
         assert status == 0, err
         assert json.loads(out)["next"][0] == f"clipbench show {name} --registry lab/r.yaml"
     text = Path("lab/r.yaml").read_text()
@@ -301,10 +303,47 @@ def test_register_makes_the_file_and_stores_paths_relative_to_it(run, tmp_path):
 def test_register_ckpt_source(run, tmp_path):
     (tmp_path / "lab").mkdir()
     Path("lab/a.pt").write_bytes(b"x")
-    status, _, err = run("register", "a", "--source", "ckpt:lab/a.pt@timm:resnet18", "--file", "lab/r.yaml")
+    status, _, err = run(
+        "register", "a", "--source", "ckpt:lab/a.pt@timm:resnet18", "--file", "lab/r.yaml", "--no-check"
+    )
     assert status == 0, err
     assert "source: ckpt:a.pt@timm:resnet18" in Path("lab/r.yaml").read_text()
     assert load_registry(Path("lab/r.yaml")).backbone("a").parsed.name == str(tmp_path / "lab" / "a.pt")
+
+
+def test_register_loads_own_weights_before_it_writes(run):
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_resnet").state_dict(), "mine.pt")
+    torch.save(timm.create_model("test_vit").state_dict(), "other.pt")
+    Path("text.pt").write_text("these are no weights")
+    for file in ("other.pt", "text.pt"):
+        for source in (("timm:test_resnet", "--checkpoint", file), (f"ckpt:{file}@timm:test_resnet",)):
+            status, _, err = run("register", "a", "--source", *source)
+            assert status != 0
+            assert file in err
+            assert not Path("registry.yaml").exists()
+    status, out, err = run("register", "a", "--source", "timm:test_resnet", "--checkpoint", "mine.pt")
+    assert status == 0, err
+    assert "100.0% of the architecture's parameters are in the file" in out
+    assert "say how they fit" in run("show", "a")[1]
+    out = run("register", "b", "--source", "ckpt:mine.pt@timm:test_resnet", "--json")[1]
+    assert json.loads(out)["load_report"]["matched"] == 1
+
+
+def test_register_hf_folder_is_relative_to_the_file(run, tmp_path):
+    from transformers import ViTConfig, ViTImageProcessorFast
+
+    folder = tmp_path / "lab" / "model"
+    folder.mkdir(parents=True)
+    ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(folder)
+    ViTImageProcessorFast().save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    status, _, err = run("register", "a", "--source", "hf:./lab/model", "--file", "lab/r.yaml")
+    assert status == 0, err
+    assert "source: hf:./model" in Path("lab/r.yaml").read_text()
+    assert load_registry(Path("lab/r.yaml")).backbone("a").source == f"hf:{folder}"
 
 
 def test_register_refuses_a_taken_name_unless_told(run):
@@ -337,6 +376,7 @@ def test_register_refuses_a_taken_name_unless_told(run):
         (("a", "--source", "timm:resnet81"), "resnet18"),
         (("a", "--source", "timm:resnet18", "--checkpoint", "none.pt"), "none.pt does not exist"),
         (("a", "--source", "ckpt:none.pt@timm:resnet18"), "none.pt does not exist"),
+        (("a", "--source", "ckpt:~nouser/x.pt@timm:resnet18"), "user that does not exist"),
     ],
 )
 def test_register_bad_input_exits_2_and_writes_nothing(run, arguments, part):

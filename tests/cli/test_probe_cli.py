@@ -24,6 +24,14 @@ def clipbench(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def no_backbone(openmmlab, monkeypatch):
+    """Fails the test where a backbone is built."""
+    from clipbench.probing import run
+
+    monkeypatch.setattr(run, "build", lambda *_, **__: pytest.fail("the backbone was built"))
+
+
 BACKBONE = "timm:vit_tiny_patch16_224"
 
 
@@ -49,14 +57,13 @@ BACKBONE = "timm:vit_tiny_patch16_224"
         ),
     ],
 )
-def test_wrong_names_and_values_exit_2_and_say_what_is_right(clipbench, arguments, shown, monkeypatch):
+def test_wrong_names_and_values_exit_2_and_say_what_is_right(clipbench, arguments, shown, monkeypatch, no_backbone):
     import torch
 
     def never(*_, **__):
         raise AssertionError("weights were touched")
 
     monkeypatch.setattr(torch, "load", never)
-    monkeypatch.setattr("clipbench.backbones.build", never)
     status, out, err = clipbench("probe", *arguments)
     assert status == 2
     assert shown in " ".join(err.split())
@@ -83,8 +90,7 @@ def test_all_bad_values_are_reported_at_once(clipbench):
         *("runtime.workers=-1", "runtime.log_interval=0", "runtime.checkpoint_interval=0", "dataset=voc2012"),
     ],
 )
-def test_values_that_do_not_work_are_refused_before_anything_is_loaded(clipbench, setting, tiny_ade20k, monkeypatch):
-    monkeypatch.setattr("clipbench.backbones.build", lambda *_, **__: pytest.fail("the backbone was built"))
+def test_values_that_do_not_work_are_refused_before_anything_is_loaded(clipbench, setting, tiny_ade20k, no_backbone):
     common = (
         "probe",
         "--backbone",
@@ -110,13 +116,12 @@ def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(clipb
     assert "toyworld" in err
 
 
-def test_half_a_data_set_is_refused_before_anything_is_loaded(clipbench, tiny_ade20k, tmp_path, monkeypatch):
+def test_half_a_data_set_is_refused_before_anything_is_loaded(clipbench, tiny_ade20k, tmp_path, no_backbone):
     import shutil
 
     root = tmp_path / "ADEChallengeData2016"
     shutil.copytree(tiny_ade20k, root)
     next((root / "annotations" / "training").iterdir()).unlink()
-    monkeypatch.setattr("clipbench.backbones.build", lambda *_, **__: pytest.fail("the backbone was built"))
     status, _, err = clipbench("probe", "--backbone", BACKBONE, "--task", "ade20k", "--data-root", root)
     assert status == 1
     assert "ADE_train_" in err

@@ -1,6 +1,9 @@
 """`data check` finds every planted fault, all at once and by name; roots and fingerprints."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from clipbench.data import check_dataset, dataset_fingerprint, require_layout, resolve_root
-from clipbench.errors import ClipbenchError, UnknownNameError
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 
 
 def _kinds(report):
@@ -62,9 +65,10 @@ def test_ade20k_faults_are_all_found_at_once(broken):
     assert f"{name(5)}.png (200)" in found["label-range"]
     assert f"{name(6)}.png (mask 64×32, image 64×64)" in found["size-mismatch"]
     assert f"{name(7)}.png (RGB)" in found["mask-mode"]
-    assert f"{name(9)}.jpg = images/validation/ADE_val_00000001.jpg" in found["leak"]
-    assert len(found) == 8
-    assert sum(len(p.files) for p in report.errors) == 9
+    assert len(found) == 7
+    assert sum(len(p.files) for p in report.errors) == 8
+    copies = {problem.kind: problem.text() for problem in report.warnings}["copy"]  # official sets may have them
+    assert f"{name(9)}.jpg = images/validation/ADE_val_00000001.jpg" in copies
 
     with pytest.raises(ClipbenchError) as caught:
         require_layout("ade20k", root)
@@ -100,6 +104,60 @@ def test_the_same_image_in_both_lists_is_a_leak(broken):
     lists = broken / "VOCdevkit/VOC2012/ImageSets/Segmentation"
     (lists / "train.txt").write_text((lists / "train.txt").read_text() + "2011_000002\n")
     assert "2011_000002" in _kinds(check_dataset("voc2012", broken / "VOCdevkit/VOC2012"))["leak"]
+
+
+def _turn_into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _turn_into_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+VOC, ADE = "VOCdevkit/VOC2012", "ADEChallengeData2016"
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "damage", "kind"),
+    [
+        ("voc2012", f"{VOC}/ImageSets/Segmentation/val.txt", lambda p: p.write_bytes(b"\xff\xfe1"), "unreadable-list"),
+        ("voc2012", f"{VOC}/ImageSets/Segmentation/train.txt", _turn_into_folder, "unreadable-list"),
+        ("voc2012", f"{VOC}/ImageSets/Segmentation/aug.txt", _turn_into_folder, "unreadable-list"),
+        ("voc2012", f"{VOC}/SegmentationClassAug", _turn_into_file, "unreadable-folder"),
+        ("voc2012", f"{VOC}/JPEGImages", _turn_into_file, "unreadable-folder"),
+        ("ade20k", f"{ADE}/annotations/validation", _turn_into_file, "unreadable-folder"),
+    ],
+)
+def test_what_cannot_be_read_is_a_problem_and_not_a_crash(broken, layout, part, damage, kind):
+    damage(broken / part)
+    root = resolve_root(SimpleNamespace(layout=layout, root=None), broken)
+    name = (broken / part).relative_to(root).as_posix()
+    assert name in _kinds(check_dataset(layout, root))[kind]
+    assert name in str(_error(lambda: require_layout(layout, root)))
+
+
+def test_folders_that_may_not_be_read_are_a_problem(broken, monkeypatch):
+    """Root may read everything, so a refusal is played."""
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("JPEGImages"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "Permission denied" in _kinds(check_dataset("voc2012", broken / VOC))["unreadable-folder"]
+
+
+def test_dangling_links_are_named(broken):
+    root = broken / ADE
+    for folder in ("training", "validation"):
+        image = sorted((root / "images" / folder).iterdir())[0]
+        image.unlink()
+        image.symlink_to("nowhere")
+    assert "2 images cannot be decoded" in _kinds(check_dataset("ade20k", root))["unreadable-image"]
 
 
 def test_missing_parts_are_all_named_with_where_and_how(broken):
@@ -166,6 +224,11 @@ def test_roots_are_found_in_order(toyworld, tmp_path, monkeypatch):
         voc = SimpleNamespace(layout="voc2012", root=None)
         assert resolve_root(voc, given) == toyworld / "VOCdevkit/VOC2012"
 
+    # The hint names the place that is looked at first.
+    own = SimpleNamespace(layout="voc2012", root=tmp_path / "nowhere", folder="sets/voc")
+    assert "$CLIPBENCH_DATA/sets/voc." in _error(lambda: resolve_root(own)).hint
+    assert "user that does not exist" in str(_error(lambda: resolve_root(entry, Path("~nouser/x"))))
+
     # What the user names is never passed over for another place.
     assert "nowhere" in str(_error(lambda: resolve_root(entry, tmp_path / "nowhere")))
     assert "CLIPBENCH" not in str(_error(lambda: resolve_root(entry, tmp_path / "nowhere")).message)
@@ -218,6 +281,10 @@ def test_command_line_makes_and_checks(tmp_path, toyworld):
     assert json.loads(checked.stdout)["ok"]
     again = _run("toyworld", tmp_path / "w", "--images", 4, "--size", 32, "--seed", 1)
     assert "already" in again.stdout
+    assert again.stderr == ""  # no trace of a progress bar
+    inside = _run("toyworld", tmp_path / "w" / "sub", "--images", 4, "--size", 32)
+    assert isinstance(inside.exception, UsageError)
+    assert "lies inside the toyworld" in str(inside.exception)
 
 
 def test_command_line_fails_on_a_damaged_set(broken):

@@ -17,6 +17,14 @@ from clipbench.errors import ClipbenchError
 pytestmark = pytest.mark.skipif(mmlab.ops_provider() == "mmcv", reason="a compiled mmcv runs its own operators")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Every device here: the kernels of the two have nothing in common."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 def some_rois(batch: int, count: int, size: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Random boxes, (N, 5) with batch indices, some reaching over the border and one thinner than a cell."""
     corner = torch.rand(count, 2, dtype=dtype) * size - 4
@@ -29,14 +37,14 @@ def some_rois(batch: int, count: int, size: float, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize(("spatial_scale", "output_size"), [(1.0, (7, 7)), (0.25, (3, 5)), (1 / 16, (2, 2))])
-def test_roi_align_equals_torchvision_with_gradients(aligned, sampling_ratio, spatial_scale, output_size):
+def test_roi_align_equals_torchvision_with_gradients(device, aligned, sampling_ratio, spatial_scale, output_size):
     from mmcv.ops import roi_align
     from mmcv.ops.roi_align import RoIAlign
 
     torch.manual_seed(0)
-    features = torch.randn(3, 2, 12, 10, dtype=torch.float64)
-    rois = some_rois(batch=3, count=8, size=12 / spatial_scale)
-    weight = torch.randn(8, 2, *output_size, dtype=torch.float64)
+    features = torch.randn(3, 2, 12, 10, dtype=torch.float64).to(device)
+    rois = some_rois(batch=3, count=8, size=12 / spatial_scale).to(device)
+    weight = torch.randn(8, 2, *output_size, dtype=torch.float64).to(device)
 
     ours, reference = features.clone().requires_grad_(), features.clone().requires_grad_()
     module = RoIAlign(output_size, spatial_scale, sampling_ratio, aligned=aligned)
@@ -54,32 +62,36 @@ def test_roi_align_equals_torchvision_with_gradients(aligned, sampling_ratio, sp
     torch.testing.assert_close(functional, out.detach())
 
 
-def test_roi_align_gradcheck():
+def test_roi_align_gradcheck(device):
     from mmcv.ops import roi_align
 
     torch.manual_seed(0)
-    features = torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True)
-    rois = some_rois(batch=2, count=3, size=10)
-    assert torch.autograd.gradcheck(lambda x: roi_align(x, rois, (2, 3), 0.5, 2, "avg", True), (features,))
+    features = torch.randn(2, 1, 5, 6, dtype=torch.float64).to(device).requires_grad_()
+    rois = some_rois(batch=2, count=3, size=10).to(device)
+    # CUDA adds up gradients in any order, so two backward passes differ in the last bits.
+    tolerance = 1e-10 if device == "cuda" else 0.0
+    assert torch.autograd.gradcheck(
+        lambda x: roi_align(x, rois, (2, 3), 0.5, 2, "avg", True), (features,), nondet_tol=tolerance
+    )
 
 
-def test_roi_align_in_half_precision_keeps_fp32_boxes():
+def test_roi_align_in_half_precision_keeps_fp32_boxes(device):
     """mmdet casts boxes to the features' dtype under AMP; a bf16 coordinate near 1000 is off by up to 2 pixels."""
     from mmcv.ops import roi_align
 
-    features = torch.arange(0, 1024.0).repeat(4, 1)[None, None].to(torch.bfloat16)
-    rois = torch.tensor([[0, 1001.0, 0.0, 1003.0, 2.0]])
+    features = torch.arange(0, 1024.0).repeat(4, 1)[None, None].to(device, torch.bfloat16)
+    rois = torch.tensor([[0, 1001.0, 0.0, 1003.0, 2.0]], device=device)
     exact = torchvision.ops.roi_align(features.float(), rois, (1, 1), 1.0, 1, True)
     out = roi_align(features, rois, (1, 1), 1.0, 1, "avg", True)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, exact.to(torch.bfloat16))
 
 
-def test_roi_align_of_no_boxes():
+def test_roi_align_of_no_boxes(device):
     from mmcv.ops import roi_align
 
-    features = torch.randn(1, 3, 8, 8, requires_grad=True)
-    out = roi_align(features, torch.zeros(0, 5), (7, 7), 1.0, 0, "avg", True)
+    features = torch.randn(1, 3, 8, 8, device=device, requires_grad=True)
+    out = roi_align(features, torch.zeros(0, 5, device=device), (7, 7), 1.0, 0, "avg", True)
     assert out.shape == (0, 3, 7, 7)
     out.sum().backward()
     assert features.grad.abs().sum() == 0
@@ -119,12 +131,14 @@ def crowded_boxes(count: int = 120) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_nms_equals_brute_force(offset, threshold):
+def test_nms_equals_brute_force(device, offset, threshold):
     from mmcv.ops import nms
 
     boxes, scores = crowded_boxes()
-    dets, kept = nms(boxes, scores, threshold, offset=offset)
     expected = brute_force_nms(boxes.numpy(), scores.numpy(), threshold, offset)
+    boxes, scores = boxes.to(device), scores.to(device)
+    dets, kept = nms(boxes, scores, threshold, offset=offset)
+    assert kept.device == boxes.device
     assert kept.tolist() == expected
     assert 1 < len(expected) < len(boxes)
     torch.testing.assert_close(dets, torch.cat((boxes[kept], scores[kept, None]), dim=1))
@@ -140,20 +154,20 @@ def test_nms_offset_matters():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_nms_mixed_precision_scores(dtype):
+def test_nms_mixed_precision_scores(device, dtype):
     """Under autocast, boxes are fp32 and scores half; torchvision alone refuses the mix."""
     from mmcv.ops import nms
 
-    boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]], dtype=torch.float32)
-    kept = nms(boxes, torch.tensor([0.5, 0.9, 0.7], dtype=dtype), 0.5)[1]
+    boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]], dtype=torch.float32, device=device)
+    kept = nms(boxes, torch.tensor([0.5, 0.9, 0.7], dtype=dtype, device=device), 0.5)[1]
     assert kept.tolist() == [1, 2]
 
 
-def test_nms_score_threshold_and_max_num():
+def test_nms_score_threshold_and_max_num(device):
     from mmcv.ops import nms
 
     boxes, scores = crowded_boxes()
-    _, kept = nms(boxes, scores, 0.5, score_threshold=0.4, max_num=7)
+    _, kept = nms(boxes.to(device), scores.to(device), 0.5, score_threshold=0.4, max_num=7)
     mask = scores > 0.4
     among = brute_force_nms(boxes[mask].numpy(), scores[mask].numpy(), 0.5, 0)
     assert kept.tolist() == mask.nonzero()[:, 0][among][:7].tolist()
@@ -172,11 +186,11 @@ def test_nms_of_numpy_and_of_nothing():
 
 
 @pytest.mark.parametrize("split_thr", [10_000, 10])
-def test_batched_nms_equals_torchvision(split_thr):
+def test_batched_nms_equals_torchvision(device, split_thr):
     from mmcv.ops import batched_nms
 
-    boxes, scores = crowded_boxes()
-    classes = torch.arange(len(boxes)) % 3
+    boxes, scores = (tensor.to(device) for tensor in crowded_boxes())
+    classes = torch.arange(len(boxes), device=device) % 3
     dets, kept = batched_nms(boxes, scores, classes, dict(type="nms", iou_threshold=0.4, split_thr=split_thr))
     assert kept.tolist() == torchvision.ops.batched_nms(boxes, scores, classes, 0.4).tolist()
     torch.testing.assert_close(dets[:, 4], scores[kept])

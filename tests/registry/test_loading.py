@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from clipbench.errors import UnknownNameError, UsageError
 from clipbench.paths import shipped
 from clipbench.registry import RegistryError, load_registry
+from clipbench.registry.schema import check_statistics
 
 
 def write(path: Path, text: str) -> Path:
@@ -84,6 +86,9 @@ def test_paths_start_from_the_folder_of_their_file(tmp_path):
         "  b: {source: 'ckpt:weights/b.pt@timm:resnet18'}\n"
         "  c: {source: timm:resnet18, checkpoint: /abs/c.pt}\n"
         "  d: {source: timm:resnet18, checkpoint: ~/d.pt}\n"
+        "  e: {source: 'hf:./model'}\n"
+        "  f: {source: 'ckpt:f.pt@hf:../model'}\n"
+        "  g: {source: 'hf:owner/model'}\n"
         "datasets:\n"
         "  ade: {layout: ade20k, root: ../data/ade}\n",
     )
@@ -93,6 +98,10 @@ def test_paths_start_from_the_folder_of_their_file(tmp_path):
     assert registry.backbone("b").source == f"ckpt:{lab / 'weights' / 'b.pt'}@timm:resnet18"
     assert registry.backbone("c").checkpoint == Path("/abs/c.pt")
     assert registry.backbone("d").checkpoint == Path.home() / "d.pt"
+    assert registry.backbone("e").source == f"hf:{lab / 'model'}"
+    assert registry.backbone("f").source == f"ckpt:{lab / 'f.pt'}@hf:{lab / '..' / 'model'}"
+    assert registry.backbone("g").source == "hf:owner/model"
+    assert registry.backbone("hf:./model").source == "hf:./model"  # of the command line: from the working directory
     assert registry.dataset("ade").root == lab / ".." / "data" / "ade"
     # Nobody edits the installed package's folder, so its own entries mean the working directory.
     assert registry.backbone("cliptex-vitb16").checkpoint == tmp_path / "checkpoints" / "cliptex-vitb16.safetensors"
@@ -145,7 +154,7 @@ suites:
         (7, "backbone 'a': 'license' must be text, got 3"),
         (10, "unknown source prefix 'tim'; did you mean: timm?"),
         (12, "backbone 'b': 'input.mean' has too few values"),
-        (13, "backbone 'b': 'input.std.0' input should be greater than 0, got 0"),
+        (13, "backbone 'b': 'input.std' must be above 0 and at most 2"),
         (14, "backbone 'b': 'input.resize_mode' is unknown: 'crap'; did you mean 'crop'?"),
         (15, "backbone 'b': unknown key 'input.sise'; did you mean 'size'?"),
         (16, "backbones: 'b' is given twice, first in line 9"),
@@ -185,7 +194,7 @@ def test_problems_of_all_files_come_together_in_one_message(tmp_path, monkeypatc
         ("version: 1\nbackbones:\n  a: {source: timm:x\n  b: 1\n", 4, "not valid YAML"),
         ("version: 1\nbackbones:\n\ta: 1\n", 3, "not valid YAML"),
         ("version: 1\na: 'open\n", 3, "not valid YAML"),
-        ("", 1, "is empty"),
+        ("", 1, "is empty; it needs at least 'version: 1'; or delete it: clipbench register"),
         ("- a\n", 1, "must be a mapping"),
         ("backbones: {}\n", 1, "'version' is missing"),
         ("version: '1'\n", 1, "version must be 1, got '1'"),
@@ -197,6 +206,78 @@ def test_files_that_are_no_registry_at_all(tmp_path, text, line, part):
     assert found[0][0] == line
     assert part in found[0][1]
     assert len(found) == 1
+
+
+ENTRY = "version: 1\nbackbones:\n  a:\n    source: timm:resnet18\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        (ENTRY + "  b: &b {source: timm:x}\n  c:\n    <<: *b\n", 7, "merge keys"),
+        (ENTRY + "    description: 2020-13-45\n", 5, "put it in quotes"),
+        ("version: 1\nbackbones:\n  a:\n    source: !foo timm:a\n", 4, "!foo"),
+        (ENTRY + "    license: !!python/object:os.system {}\n", 5, "is not supported"),
+        (ENTRY + "    floor: !!bool perhaps\n", 5, "'perhaps' cannot be read"),
+        (ENTRY + "    license: " + "1" * 5000, 5, "cannot be read"),
+        ("version: !!int abc\n", 1, "'abc' cannot be read"),
+        ("version: 1\nsuites:\n  s:\n    tasks: &a [*a]\n", 4, "inside the very thing"),
+        ("version: 1\nbackbones:\n  {a: b}: c\n", 3, "a key must be text, got a mapping"),
+        ("version: 1\nbackbones:\n  a: {source: 'ckpt:~nouser/x.pt'}\n", 3, "user that does not exist"),
+        ("version: 1\nbackbones: " + "[" * 2000, 0, "nested too deeply"),
+    ],
+)
+def test_values_that_yaml_cannot_make_are_problems_with_lines(tmp_path, text, line, part):
+    found = problems(tmp_path, text)
+    assert found[0][0] == line
+    assert part in found[0][1]
+
+
+def test_aliases_of_aliases_take_no_time(tmp_path):
+    rungs = ["&a0 [x]"] + [f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    text = "version: 1\nsuites:\n  s:\n    tasks: [" + ", ".join(rungs) + "]\n    sorce: 1\n"
+    assert any("unknown key 'sorce'" in what for _, what in problems(tmp_path, text))
+
+
+def test_home_of_nobody_in_a_source_on_the_command_line(tmp_path):
+    with pytest.raises(UsageError, match="user that does not exist"):
+        load_registry(cwd=tmp_path).backbone("ckpt:~nouser/x.pt")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "parts"),
+    [
+        ([0.5, 0, 1], [0.2, 1, 2], []),
+        ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4], ["mean must be from 0 to 1", "std must be above 0"]),
+        ([0.5, -0.1, 0.5], [0.5, 0.5, 0], ["got 0.5, -0.1, 0.5", "got 0.5, 0.5, 0"]),
+        ([math.nan] * 3, [math.inf, 1, 1], ["got nan", "got inf"]),
+    ],
+)
+def test_statistics(mean, std, parts):
+    found = check_statistics(mean, std)
+    assert len(found) == len(parts)
+    for problem, part in zip(found, parts, strict=True):
+        assert part in problem
+        assert ("divide them by 255" in problem) == (mean[0] > 100)
+
+
+def test_input_overrides_are_for_images_from_0_to_1(tmp_path):
+    statistics = "mean: [123.7, 116.3, 103.5], std: [58.4, 57.1, 57.4]"
+    found = problems(tmp_path, ENTRY + f"    input: {{{statistics}, size: [8193, 8]}}\n")
+    assert [line for line, _ in found] == [5, 5, 5]
+    assert "'input.mean' must be from 0 to 1" in found[0][1]
+    assert "divide them by 255" in found[2][1]
+    assert "less than or equal to 8192" in found[1][1]
+
+
+def test_suites_name_tasks_that_exist_if_they_are_known(tmp_path):
+    write(tmp_path / "registry.yaml", "version: 1\nsuites:\n  s:\n    tasks:\n    - ade20k\n    - ade20\n")
+    assert load_registry(cwd=tmp_path).suite("s").tasks == ("ade20k", "ade20")
+    with pytest.raises(RegistryError) as error:
+        load_registry(cwd=tmp_path, tasks={"ade20k", "voc2012", "toy-seg"})
+    assert [(p.line, p.text) for p in error.value.problems] == [
+        (6, "suite 's': unknown task 'ade20'; did you mean 'ade20k'?")
+    ]
 
 
 def test_bytes_that_are_no_text(tmp_path):

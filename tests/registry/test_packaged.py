@@ -46,14 +46,24 @@ def test_openclip_models_exist_and_have_the_activation_of_their_weights(entry):
         assert config.get("quick_gelu", False) == bool(weights.get("quick_gelu", False))
 
 
-@pytest.mark.parametrize(("alias", "timm_name"), [
-    ("mobileclip-s2", "fastvit_mci2.apple_mclip"),
-    ("mobileclip-b", "vit_base_mci_224.apple_mclip"),
-    ("siglip2-vitb16", "vit_base_patch16_siglip_224.v2_webli"),
-])  # fmt: skip
-def test_licences_of_openclip_weights_that_timm_has_too(alias, timm_name):
+# The very same weights in timm, which states their licence; open_clip states none.
+IN_TIMM = {
+    "clip-vitb16": "vit_base_patch16_clip_quickgelu_224.openai",
+    "clip-vitb32": "vit_base_patch32_clip_quickgelu_224.openai",
+    "clip-vitl14": "vit_large_patch14_clip_quickgelu_224.openai",
+    "clip-laion2b-vitb16": "vit_base_patch16_clip_224.laion2b",
+    "clip-datacomp-vitb16": "vit_base_patch16_clip_224.datacompxl",
+    "siglip2-vitb16": "vit_base_patch16_siglip_224.v2_webli",
+    "mobileclip-s2": "fastvit_mci2.apple_mclip",
+    "mobileclip-b": "vit_base_mci_224.apple_mclip",
+}
+
+
+@pytest.mark.parametrize("entry", of_kind("openclip"), ids=lambda entry: entry.name)
+def test_licences_of_openclip_weights_are_those_that_timm_states(entry):
     timm = pytest.importorskip("timm")
-    assert ENTRIES[alias].license == timm.get_pretrained_cfg(timm_name).license
+    stated = timm.get_pretrained_cfg(IN_TIMM[entry.name]).license if entry.name in IN_TIMM else None
+    assert entry.license == stated
 
 
 def test_only_random_weights_are_floors():
@@ -68,6 +78,7 @@ def test_data_sets_say_where_to_get_them():
     for entry in datasets.values():
         assert entry.root is None
         assert entry.url or entry.get
+        assert entry.license is None or entry.name == "toyworld"  # the terms are on the page of the set
 
 
 def test_suites_name_tasks_that_exist_and_tasks_name_data_sets_that_exist():

@@ -17,6 +17,7 @@ GOOD = {
     "hf:facebook/dinov2-base@v1.0": Source("hf", "facebook/dinov2-base", "v1.0"),
     "hf:./my model": Source("hf", "./my model"),
     "hf:/models/dinov2": Source("hf", "/models/dinov2"),
+    "hf:/models@home/dinov2": Source("hf", "/models@home/dinov2"),
     "ckpt:runs/last.pt": Source("ckpt", "runs/last.pt"),
     "ckpt:a@b.pt": Source("ckpt", "a@b.pt"),
     "ckpt:a@b.pt@timm:resnet18": Source("ckpt", "a@b.pt", architecture=Source("timm", "resnet18")),

@@ -108,10 +108,15 @@ def generate(
         progress: Called with (images done, images in all).
 
     Raises:
-        UsageError: `root` holds something else.
+        UsageError: `root` holds something else, or lies in another toyworld.
         ClipbenchError: A file cannot be written.
     """
-    root = root.expanduser().absolute()
+    from clipbench.registry.sources import expand_home
+
+    root = expand_home(root).absolute()
+    outer = next((folder for folder in root.parents if read_manifest(folder) is not None), None)
+    if outer is not None:
+        raise UsageError(f"{root} lies inside the toyworld {outer}", "Name a folder outside of it.")
     manifest = _manifest(spec)
     here = read_manifest(root)
     same = _same_world(here, manifest)
