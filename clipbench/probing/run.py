@@ -180,7 +180,7 @@ class _Run:
         if origin.origin == "random":
             frozen = self.request.mode == "frozen"
             meaning = "this row is a floor, not a result" if frozen else "training starts from scratch"
-            self.screen.note(f"[yellow]random weights: {meaning}[/]")
+            self.screen.note(f"random weights: {meaning}", "yellow")
         size, window = self.config.image_size, self.config.evaluation["window"]
         if self.backbone.input.fixed_size and {size, window} != {self.backbone.input.size[0]}:
             wanted = self.backbone.input.size[0]

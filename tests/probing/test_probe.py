@@ -544,3 +544,15 @@ def test_an_error_of_several_processes_is_said_once(own_code, broken_ade20k, tmp
     assert "Traceback" not in err
     assert err.count("ADE_train_00000001.jpg") == 1
     assert list(tmp_path.glob("r/runs/*/*/*/pass-0/checkpoint.pth"))
+
+
+def test_what_a_run_shows_is_plain_text(request_for, capsys):
+    """No markup of rich's is left over, and a path that looks like it is shown as it is."""
+    from clipbench.probing.screen import Screen
+
+    probe(request_for(backbone="timm:resnet10t", steps=1, results=Path("x[bold]")), Screen())
+    shown = capsys.readouterr().err
+    assert "random weights: this row is a floor, not a result" in shown
+    assert "x[bold]" in shown
+    assert "[yellow]" not in shown
+    assert "[/]" not in shown
