@@ -47,7 +47,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
 
     _claim(folder)
     # The trained backbone must not have seen the scenes that it is probed on: another seed is another world.
-    for name, world_seed, images in (("toyworld", 1, 240), ("toyworld-pretrain", 2, 320)):
+    for name, world_seed, images in (("toyworld", 1, 240), ("toyworld-pretrain", 2, 300)):
         with screen.progress(f"rendering {name}", images, "image") as advance:
             shown = 0
 
@@ -104,7 +104,7 @@ def run_demo(folder: Path, screen: Screen, seed: int = 0) -> DemoResult:
                 heads=("linear", "pspnet"),
                 lrs=(1e-3, 1e-2),
                 data_root=folder / "toyworld",
-                steps=100,
+                steps=80,
                 image_size=SIZE,
                 seed=seed,
                 results=folder / "results",
