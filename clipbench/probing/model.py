@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipbench.backbones.base import Features
 from clipbench.data.stream import stable_seed
 from clipbench.probing.features import Images, LiveFeatures
+from clipbench.probing.processes import rank
 
 LossFunction = Callable[[nn.Module, Features, Any], Tensor]
 
@@ -52,7 +53,7 @@ class SweepModel(BaseModel):
         self.heads = nn.ModuleDict(heads)
         self._loss = loss
         self._seed = seed
-        self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        self._rank = rank()
         self._precision = precision
         self._log_interval = log_interval
         self.step = 0  # steps done; the training loop sets it after a resume

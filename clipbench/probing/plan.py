@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.probing.knobs import check_knobs
 from clipbench.probing.recipes import METRICS, REQUIRED, RecipeInfo, find_recipe, load_recipe, protocol_of
-from clipbench.registry import BackboneEntry, Registry, load_registry
+from clipbench.registry import BackboneEntry, load_registry
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -108,7 +108,6 @@ class Plan:
     request: ProbeRequest
     recipe: RecipeInfo
     config: Config
-    registry: Registry
     backbone: BackboneEntry
     heads: tuple[str, ...]
     lrs: tuple[float, ...]
@@ -230,7 +229,7 @@ def resolve(request: ProbeRequest) -> Plan:
     entry = registry.dataset(recipe.dataset)
     root = resolve_root(entry, request.data_root)
     require_layout(entry.layout, root, get_hint(entry))
-    return Plan(request, recipe, config, registry, backbone, tuple(heads), lrs, root.resolve(), world_size)
+    return Plan(request, recipe, config, backbone, tuple(heads), lrs, root.resolve(), world_size)
 
 
 def _overrides(request: ProbeRequest) -> dict[str, Any]:

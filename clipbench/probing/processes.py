@@ -40,11 +40,6 @@ def rank() -> int:
     return dist.get_rank() if _control is not None else 0
 
 
-def world_size() -> int:
-    """How many there are."""
-    return dist.get_world_size() if _control is not None else 1
-
-
 def agree(value: Any) -> Any:
     """The first process's value, in every process."""
     if _control is None:

@@ -42,6 +42,7 @@ from clipbench.probing.runner import (
     InterruptedRunError,
     ProbeRunner,
     build_optimisers,
+    checkpoint_meta,
     collate,
     schedule,
     train,
@@ -347,7 +348,7 @@ class _Run:
         )
         sampler = PositionSampler(self.train_indices, share, seed, self.rank, self.plan.world_size)
         work_dir = self.run_dir / f"pass-{number}"
-        done = steps_done(work_dir)
+        done = int(checkpoint_meta(work_dir).get("iter", 0))
         screen = self.screen if done < config.steps else Screen(silent=True)  # finished before: only loaded
         if done:
             screen.note(f"resuming at step {done} of {config.steps}")
@@ -706,12 +707,6 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
         {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata
     )
     temporary.replace(path)
-
-
-def steps_done(work_dir: Path) -> int:
-    """Steps in the checkpoint of a pass, 0 without one."""
-    path = work_dir / CHECKPOINT
-    return int(torch.load(path, map_location="cpu", weights_only=False)["meta"]["iter"]) if path.exists() else 0
 
 
 def pick_device(name: str) -> torch.device:

@@ -132,7 +132,7 @@ class ProbeRunner(Runner):
                 leftover.unlink()
         if path.exists():
             self.resume(str(path), map_location="cpu")
-            meta = torch.load(path, map_location="cpu", weights_only=False)["meta"]  # our own file of a moment ago
+            meta = checkpoint_meta(Path(self.work_dir))
             self.skipped, self.seconds_before = meta["skipped"], meta["seconds"]
 
     def load_or_resume(self) -> None:
@@ -211,6 +211,15 @@ class ProgressHook(Hook):
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
+
+
+def checkpoint_meta(work_dir: Path) -> dict[str, Any]:
+    """What stands beside the tensors in the checkpoint of a pass; empty without one. The tensors are not read."""
+    path = work_dir / CHECKPOINT
+    if not path.exists():
+        return {}
+    meta: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["meta"]  # our own file
+    return meta
 
 
 def build_optimisers(
