@@ -71,3 +71,10 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> list[str]:
     if len(close) < n and len(name) >= 3:
         close += [c for c in by_lower if c not in close and (c.startswith(name.lower()) or name.lower() in c)]
     return [by_lower[c] for c in close[:n]]
+
+
+class CorruptFileError(Exception):
+    """A file's content is impossible (wrong size, label out of range, wrong unit); raised where a sample is read.
+
+    Not for people as it is: the engine collects such samples, names them and stops, or leaves them out when asked to.
+    """

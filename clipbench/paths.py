@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -19,3 +20,14 @@ def shipped(name: str) -> Path:
         if (base / name).exists():
             return base / name
     raise FileNotFoundError(f"'{name}' is missing from this installation of clipbench ({_PACKAGE})")
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be computed again: `$CLIPBENCH_CACHE`, else the platform's place for caches.
+
+    That is `clipbench` in `$XDG_CACHE_HOME`, else `~/.cache/clipbench`. Deleting it is always safe.
+    """
+    own = os.environ.get("CLIPBENCH_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipbench"

@@ -31,13 +31,13 @@ def toyworld(
     force: Annotated[bool, typer.Option("--force", help="Replace another toyworld in DIR.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Render toyworld: furnished rooms with exact labels, in the official layouts of ADE20K and VOC 2012.
+    """Render toyworld: furnished rooms with exact labels, in the official layouts of the real data sets.
 
     An interrupted command goes on where it stopped when given again.
     """
     from clipbench.data.layouts import LAYOUTS
     from clipbench.data.toyworld.generate import CONTACT_SHEET, WorldSpec, generate
-    from clipbench.data.toyworld.write import WRITERS
+    from clipbench.data.toyworld.writers import WRITERS
 
     spec = WorldSpec(images, size, seed, val_fraction)
     with _progress("rendering", quiet=json) as update:
@@ -63,8 +63,8 @@ def toyworld(
     else:
         console.print(f"toyworld in {result.root}: {counts} images of {size}×{size} pixels", highlight=False)
     for name, path in layouts.items():
-        console.print(f"  {name:8} {result.root / path}", highlight=False)
-    console.print(f"  look at  {result.root / CONTACT_SHEET}", highlight=False)
+        console.print(f"  {name:14} {result.root / path}", highlight=False)
+    console.print(f"  {'look at':14} {result.root / CONTACT_SHEET}", highlight=False)
 
 
 @app.command()
@@ -72,13 +72,13 @@ def check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A data set of the registry: clipbench list datasets.")],
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="Where it lies; wins over the registry.")] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Decode N pairs of each split, evenly spread. Default: 500.")
+        int | None, typer.Option(min=1, metavar="N", help="Decode N images of each split, evenly spread. Default: 500.")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Decode every image and mask.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Decode every image and its annotations.")] = False,
     registry: RegistryOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Is a data set whole? Folders, lists, pairs, decoding, sizes, labels, train/val overlap: all faults in one report.
+    """Is a data set whole? Files, lists, annotations, decoding, values, train/val overlap: all faults in one report.
 
     Exit status 1 if there are errors; a number of images that is not the official one is only a warning.
     """
@@ -111,10 +111,10 @@ def _show(report: CheckReport, entry: DatasetEntry) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{layout.title} in {report.root}", markup=False)
     for split, count in report.counts.items():
-        console.print(f"  {split:18} {count:>7,} pairs")
+        console.print(f"  {split:18} {count:>7,} images")
     if report.total:
         rest = "" if report.decoded == report.total else " (all: --full)"
-        console.print(f"  decoded {report.decoded:,} of {report.total:,} pairs{rest}")
+        console.print(f"  decoded {report.decoded:,} of {report.total:,} images{rest}")
     for style, word, problems in (("yellow", "warning", report.warnings), ("bold red", "error", report.errors)):
         for problem in problems:
             console.print(Text.assemble((f"{word}: ", style), problem.text()))

@@ -1,7 +1,8 @@
 """Is a data set on disk whole?
 
-`require_layout` looks at names only and takes well under a second; a probe calls it before anything is loaded.
-`check_dataset` opens images and masks too, and reports everything it finds at once.
+`require_layout` looks at names only and takes about a second; a probe calls it before anything is loaded.
+`check_dataset` opens images and annotations too, and reports everything it finds at once. What there is to find is the
+layout's business (`clipbench.data.layouts`); this module counts, decodes in threads and looks for overlaps.
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
 from clipbench.data.fingerprint import spread
-from clipbench.data.layouts import LAYOUTS, Layout, Problem, Split, get_layout, missing_error
+from clipbench.data.layouts import Problem, Sample, Split, get_layout, missing_error
+from clipbench.data.layouts.base import relative
 
-DEFAULT_SAMPLE = 500  # pairs of each split that are decoded unless all are asked for
+DEFAULT_SAMPLE = 500  # samples of each split that are decoded unless all are asked for
+# Files whose contents are compared to find copies, unless all are asked for; in a set of a million images nearly every
+# file has the size of some other.
+_COMPARED = 5_000
 
-# Kinds of problems that show without opening an image, and keep a run from reading its data.
-_STRUCTURAL = ("missing-image", "missing-mask", "unreadable-folder", "unreadable-list")
-
-Progress = Callable[[int, int], None]  # (pairs done, pairs in all)
+Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
 
 @dataclass
@@ -38,9 +37,9 @@ class CheckReport:
         root: Where it was looked for.
         errors: What makes results wrong or runs fail.
         warnings: What a person should know, such as a number of images that is not the official one.
-        counts: Pairs of each split.
-        decoded: Number of pairs that were opened and read to the end.
-        total: Number of different pairs there are.
+        counts: Samples of each split.
+        decoded: Number of samples whose files were opened and read to the end.
+        total: Number of different samples there are.
     """
 
     layout: str
@@ -75,10 +74,10 @@ class CheckReport:
 
 
 def require_layout(layout: str, root: Path, how_to_get: str = "") -> None:
-    """Fails unless a data set is there and its images and masks pair up by name. Decodes nothing.
+    """Fails unless a data set is there and complete as far as names can tell. Decodes nothing.
 
     Args:
-        layout: Name of a layout, "ade20k", "voc2012", "toyworld".
+        layout: Name of a layout: "ade20k", "coco", "toyworld", ….
         root: The folder that holds it.
         how_to_get: What to tell the user instead of the layout's own words.
 
@@ -90,11 +89,7 @@ def require_layout(layout: str, root: Path, how_to_get: str = "") -> None:
     missing = [f"missing: {path.relative_to(root)}" for path in spec.missing(root)]
     if missing:
         raise missing_error(spec, [root], missing, how_to_get)
-    what = []
-    for split in spec.splits(root):
-        what += [problem.text(3) for problem in split.problems if problem.kind in _STRUCTURAL]
-        if not split.pairs:
-            what.append(f"{split.name}: no image with a mask")
+    what = spec.obstacles(root)
     if what:
         raise missing_error(spec, [root], what, how_to_get)
 
@@ -109,16 +104,16 @@ def check_dataset(
 ) -> CheckReport:
     """Looks for everything that is wrong with a data set on disk.
 
-    Folders, lists and pairing by name are always checked in full; so are images that occur in both train and val, by
-    name and by content. Images and masks are decoded to the end, and sizes and labels compared, for `sample` pairs of
-    each split spread evenly over it, or for all.
+    Folders, lists, annotation files and pairing by name are always checked in full; so are images that occur in both
+    train and val, by name and by content (of a very large set, by the content of a share of it). The files of `sample`
+    samples of each split, spread evenly over it, or of all, are decoded to the end and compared.
 
     Args:
         layout: Name of a layout.
         root: The folder that holds it.
-        full: Decode every pair.
-        sample: How many pairs of each split to decode otherwise.
-        progress: Called with (pairs done, pairs in all) from one thread.
+        full: Decode every sample.
+        sample: How many samples of each split to decode otherwise.
+        progress: Called with (samples done, samples in all) from one thread.
         workers: Decoding threads; default: one a core.
 
     Raises:
@@ -128,44 +123,44 @@ def check_dataset(
     report = CheckReport(layout, root)
     missing = spec.missing(root)
     if missing:
-        names = tuple(_name(path, root) for path in missing)
+        names = tuple(relative(path, root) for path in missing)
         report.errors.append(Problem("missing", f"not found in {root}", names))
         return report
 
     splits = list(spec.splits(root))
     for split in splits:
-        report.counts[split.name] = len(split.pairs)
+        report.counts[split.name] = len(split.samples)
         report.errors += split.problems
-        if not split.pairs:
-            report.errors.append(Problem("empty-split", f"{split.name}: no image with a mask"))
-        elif spec.official and spec.official.get(split.name) != len(split.pairs):
+        report.warnings += split.warnings
+        if not split.samples:
+            report.errors.append(Problem("empty-split", f"{split.name}: no {spec.what}"))
+        elif spec.official and spec.official.get(split.name, len(split.samples)) != len(split.samples):
             report.warnings.append(
                 Problem(
                     "count",
-                    f"{split.name}: {len(split.pairs):,} images; the official set has {spec.official[split.name]:,}",
+                    f"{split.name}: {len(split.samples):,} images; the official set has {spec.official[split.name]:,}",
                 )
             )
-    leaks, copies = _leaks(splits, root)
+    leaks, copies = _leaks(splits, root, full)
     report.errors += leaks
     report.warnings += copies
 
-    chosen: dict[tuple[Path, Path], None] = {}  # a pair may be in several splits: train is part of train_aug
-    everything = {pair for split in splits for pair in split.pairs}
+    chosen: dict[Sample, Split] = {}  # a sample may be in several splits: train is part of train_aug
+    everything = {sample for split in splits for sample in split.samples}
     for split in splits:
-        keys = {f"{i:09d}": pair for i, pair in enumerate(split.pairs)}
-        for key in keys if full else spread(list(keys), max(2, sample)):
-            chosen[keys[key]] = None
+        for one in split.samples if full else spread(split.samples, max(2, sample)):
+            chosen.setdefault(one, split)
     faults: dict[str, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:  # Pillow decodes outside the interpreter's lock
-        for done, found in enumerate(pool.map(lambda pair: _pair_faults(pair, root, _labels(spec, pair)), chosen), 1):
+        found_by_sample = pool.map(lambda one: spec.inspect(root, one[1], one[0]), chosen.items())
+        for done, found in enumerate(found_by_sample, 1):
             for kind, text in found:
                 faults[kind].append(text)
             if progress:
                 progress(done, len(chosen))
-    for kind, message in _FAULTS.items():
+    for kind, message in spec.messages().items():
         if faults[kind]:
-            what = message.format(n=len(faults[kind]), labels=spec.label_range)
-            report.errors.append(Problem(kind, what, tuple(sorted(faults[kind]))))
+            report.errors.append(Problem(kind, message.format(n=len(faults[kind])), tuple(sorted(faults[kind]))))
     report.decoded, report.total = len(chosen), len(everything)
     if layout == "toyworld":
         from clipbench.data.toyworld.generate import check_against_manifest
@@ -176,51 +171,7 @@ def check_dataset(
     return report
 
 
-_FAULTS = {
-    "unreadable-image": "{n} images cannot be decoded",
-    "unreadable-mask": "{n} masks cannot be decoded",
-    "mask-mode": "{n} masks are not single-channel 8-bit images",
-    "size-mismatch": "{n} masks are not of the size of their image",
-    "label-range": "{n} masks have labels outside of {labels}",
-}
-
-
-def _labels(spec: Layout, pair: tuple[Path, Path]) -> frozenset[int]:
-    """The labels that a mask may have; a toyworld holds several layouts."""
-    if spec.name == "toyworld" and "VOC2012" in pair[1].parts:
-        return LAYOUTS["voc2012"].labels
-    return spec.labels
-
-
-def _pair_faults(pair: tuple[Path, Path], root: Path, labels: frozenset[int]) -> list[tuple[str, str]]:
-    """(kind, file and detail) of everything wrong with one image and its mask."""
-    image_file, mask_file = pair
-    found = []
-    sizes = {}
-    for kind, file in (("image", image_file), ("mask", mask_file)):
-        try:
-            with Image.open(file) as opened:
-                opened.load()  # to the last pixel: a truncated file fails here only
-                sizes[kind] = opened.size
-                if kind == "mask":
-                    if opened.mode not in ("L", "P"):
-                        found.append(("mask-mode", f"{_name(file, root)} ({opened.mode})"))
-                        continue
-                    values = np.flatnonzero(np.bincount(np.asarray(opened).ravel(), minlength=256))
-                    wrong = sorted(set(values.tolist()) - labels)
-                    if wrong:
-                        shown = ", ".join(map(str, wrong[:4])) + (", …" if len(wrong) > 4 else "")
-                        found.append(("label-range", f"{_name(file, root)} ({shown})"))
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-            found.append((f"unreadable-{kind}", f"{_name(file, root)} ({reason})"))
-    if len(sizes) == 2 and sizes["image"] != sizes["mask"]:
-        detail = "mask {}×{}, image {}×{}".format(*sizes["mask"], *sizes["image"])
-        found.append(("size-mismatch", f"{_name(mask_file, root)} ({detail})"))
-    return found
-
-
-def _leaks(splits: list[Split], root: Path) -> tuple[list[Problem], list[Problem]]:
+def _leaks(splits: list[Split], root: Path, full: bool) -> tuple[list[Problem], list[Problem]]:
     """Images that are in a train and in a val split: by path, which is an error, and by content.
 
     The latter is a warning only: official archives may have such copies, and their users cannot help it.
@@ -229,10 +180,10 @@ def _leaks(splits: list[Split], root: Path) -> tuple[list[Problem], list[Problem
     groups: dict[str, dict[str, set[Path]]] = defaultdict(lambda: defaultdict(set))
     for split in splits:
         group, _, name = split.name.rpartition("/")
-        groups[group]["val" if name == "val" else "train"].update(image for image, _ in split.pairs)
+        groups[group]["val" if name in ("val", "test") else "train"].update(sample[0] for sample in split.samples)
     for sides in groups.values():
         train, val = sides["train"], sides["val"]
-        listed = sorted(_name(p, root) for p in train & val)
+        listed = sorted(relative(p, root) for p in train & val)
         if listed:
             leaks.append(Problem("leak", f"{len(listed)} images are in train and in val", tuple(listed)))
         # Content: only files of equal size can be equal, which leaves few to read.
@@ -241,15 +192,15 @@ def _leaks(splits: list[Split], root: Path) -> tuple[list[Problem], list[Problem
             by_size[_size(file)].append(file)
         by_hash: dict[tuple[int, str], list[Path]] = {}
         same = []
-        for file in sorted(train - val):
-            size = _size(file)
-            if size not in by_size or size < 0:
-                continue
+        sizes = {file: _size(file) for file in sorted(train - val)}
+        candidates = [file for file, size in sizes.items() if size >= 0 and size in by_size]
+        for file in candidates if full else spread(candidates, _COMPARED):
+            size = sizes[file]
             if (size, "") not in by_hash:
                 by_hash[size, ""] = []
                 for other in by_size[size]:
                     by_hash.setdefault((size, _sha256(other)), []).append(other)
-            same += [f"{_name(file, root)} = {_name(o, root)}" for o in by_hash.get((size, _sha256(file)), [])]
+            same += [f"{relative(file, root)} = {relative(o, root)}" for o in by_hash.get((size, _sha256(file)), [])]
         if same:
             copies.append(
                 Problem("copy", f"{len(same)} images of train are also in val under another name", tuple(same))
@@ -272,7 +223,3 @@ def _sha256(file: Path) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
         return str(file)
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

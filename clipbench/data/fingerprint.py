@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Enough to notice another resize or another encoder, few enough for a network drive.
 SAMPLED_CONTENTS = 64
@@ -43,8 +46,8 @@ def dataset_fingerprint(files: Iterable[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def spread(items: list[str], n: int) -> list[str]:
+def spread(items: Sequence[T], n: int) -> list[T]:
     """At most `n` items at even distances, the first and the last included."""
     if len(items) <= n:
-        return items
+        return list(items)
     return [items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)]

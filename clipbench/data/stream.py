@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from clipbench.errors import ClipbenchError
+from clipbench.errors import ClipbenchError, CorruptFileError
 
 
 class SizedDataset(Protocol):
@@ -192,10 +192,6 @@ def load_or_corrupt(dataset: SizedDataset, index: int, describe: Callable[[int, 
         return dataset[index]
     except (OSError, SyntaxError, EOFError, CorruptFileError) as error:  # Pillow raises SyntaxError for a broken PNG
         return CorruptSample(index, describe(index, error))
-
-
-class CorruptFileError(Exception):
-    """Raised by a transform that finds a file's content impossible (wrong size, label out of range)."""
 
 
 class _seeded:

@@ -11,7 +11,7 @@ from clipbench.data.labels import ADE20K_CLASSES, VOC_CLASSES, voc_palette
 from clipbench.data.toyworld import make_scene, render
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.generate import WorldSpec, generate, read_manifest
-from clipbench.data.toyworld.write import Item
+from clipbench.data.toyworld.writers import Item
 from clipbench.errors import UsageError
 
 

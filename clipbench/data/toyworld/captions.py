@@ -1,7 +1,8 @@
-"""Two captions an image: one that is true in every word, and one as the web writes them."""
+"""Captions of an image: one that is true in every word, four paraphrases, and one as the web writes them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,6 +79,57 @@ def precise_caption(scene: Scene, objects: list[SampleObject], size: int, rng: n
     if others:
         return f"{article(describe(first))} and {article(describe(others[0]))} in a room with {article(ground)}"
     return f"{article(describe(first))} in a room with {article(f'{scene.wall_colour} wall')} and {article(ground)}"
+
+
+_INVERSE = {
+    "left of": "right of",
+    "right of": "left of",
+    "in front of": "behind",
+    "behind": "in front of",
+    "on": "under",
+}
+
+
+def paraphrases(scene: Scene, objects: list[SampleObject], size: int) -> tuple[str, ...]:
+    """Four more sentences as five people would describe one image: all true, each telling other things.
+
+    They name, in turn: the largest objects; a relation, seen from its other side; the room and what is in it; the
+    objects of the middle ground by class and colour.
+    """
+    named = prominent(objects, size) or sorted(objects, key=lambda o: (-o.pixels, o.instance))
+    wall, ground = article(f"{scene.wall_colour} wall"), article(V.FLOORS[scene.floor])
+    nouns = [article(describe(o)) for o in named]
+    if not nouns:
+        empty = f"{scene.wall_colour} wall above {ground}"
+        return (f"an empty room with {wall}", f"{ground} before {wall}", article(empty), f"nothing but {wall}")
+    related = "there is " + nouns[0]
+    for a, b in ((i, j) for i in range(min(4, len(named))) for j in range(i + 1, min(5, len(named)))):
+        how = relation(named[a], named[b], size)
+        if how is not None:
+            related = f"there is {nouns[b]} {_INVERSE[how]} {nouns[a]}"
+            break
+    colours = [f"{o.colour} {o.name}" for o in named if o.name != "plant"] or [o.name for o in named]
+    return (
+        f"{_listed(nouns[:3])} in one room",
+        related,
+        f"a room with {wall} and {ground} that holds {_listed(_counted([o.name for o in named[:5]]))}",
+        f"a picture of {_listed([article(c) for c in colours[:4]])}",
+    )
+
+
+def _counted(names: list[str]) -> list[str]:
+    """["ball", "box", "ball"] → ["two balls", "a box"]."""
+    words = ("", "", "two", "three", "four", "five")
+    plural = {"box": "boxes"}
+    return [
+        article(name) if count == 1 else f"{words[count]} {plural.get(name, f'{name}s')}"
+        for name, count in Counter(names).items()
+    ]
+
+
+def _listed(nouns: list[str]) -> str:
+    """ "a, b and c"."""
+    return nouns[0] if len(nouns) == 1 else f"{', '.join(nouns[:-1])} and {nouns[-1]}"
 
 
 _FILLERS = (

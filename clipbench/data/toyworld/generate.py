@@ -26,7 +26,8 @@ from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.render import render
 from clipbench.data.toyworld.scene import make_scene
 from clipbench.data.toyworld.sheet import contact_sheet
-from clipbench.data.toyworld.write import WRITERS, Item, LayoutWriter, encode_jpeg, encode_png, write_atomic
+from clipbench.data.toyworld.writers import WRITERS, Item, LayoutWriter
+from clipbench.data.toyworld.writers.base import encode_jpeg, encode_png, link_atomic, write_atomic
 from clipbench.errors import ClipbenchError, UsageError
 
 # Raised with every change that changes a pixel or a label; worlds of another version are not mixed.
@@ -189,11 +190,18 @@ def _ignore_interrupts() -> None:
 
 
 def _make(work: Path, seed: int, size: int, item: Item) -> None:
-    """Renders one image and writes it in every layout."""
+    """Renders one image and writes it in every layout; the image itself once, under a name in each."""
     sample = render(make_scene(seed, item.index), size)
     jpeg = encode_jpeg(sample.image)
+    first: Path | None = None
     for writer in _writers(work):
-        writer.write(item, sample, jpeg)
+        for file, content in zip(writer.files(item), writer.encode(item, sample, jpeg), strict=True):
+            if content is jpeg and first is not None:
+                link_atomic(first, file)
+                continue
+            write_atomic(file, content)
+            if content is jpeg:
+                first = file
 
 
 def _for_sheet(spec: WorldSpec) -> list[Any]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
 
-from clipbench.data.toyworld.captions import noisy_caption, precise_caption
+from clipbench.data.toyworld.captions import noisy_caption, paraphrases, precise_caption
 from clipbench.data.toyworld.meshes import Array, face_normals
 from clipbench.data.toyworld.scene import Light, Scene, scene_rng
 from clipbench.data.toyworld.textures import Array32, Surface
@@ -73,6 +73,7 @@ class Sample:
         objects: The solids with at least one pixel, by instance.
         caption: True in every word.
         noisy_caption: As found on the web: attributes missing, words that do not belong.
+        paraphrases: Four other sentences, true in every word.
         intrinsics: (3, 3) float64.
     """
 
@@ -86,6 +87,7 @@ class Sample:
     objects: list[SampleObject]
     caption: str
     noisy_caption: str
+    paraphrases: tuple[str, ...]
     intrinsics: Array
 
 
@@ -169,6 +171,7 @@ def render(scene: Scene, size: int) -> Sample:
         objects=objects,
         caption=precise_caption(scene, objects, size, rng),
         noisy_caption=noisy_caption(scene, objects, size, rng),
+        paraphrases=paraphrases(scene, objects, size),
         intrinsics=K,
     )
 

@@ -21,6 +21,7 @@ class ToyClass:
         voc: Name in VOC; None is background.
         coco: Name among COCO's 80 things; None where it has none.
         alt: Words that a web caption may use instead.
+        synset: WordNet 3.0 noun of the same meaning, as ImageNet numbers them; None for the parts of a room.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ToyClass:
     voc: str | None = None
     coco: str | None = None
     alt: tuple[str, ...] = ()
+    synset: str | None = None
 
     @property
     def ade_id(self) -> int:
@@ -53,26 +55,43 @@ ROOM_CLASSES = (
 
 # The solids: one instance each.
 OBJECT_CLASSES = (
-    ToyClass("ball", "ball", coco="sports ball", alt=("sphere", "toy ball")),
-    ToyClass("bottle", "bottle", "bottle", "bottle", alt=("flask",)),
-    ToyClass("vase", "vase", coco="vase", alt=("urn", "ceramics")),
-    ToyClass("bowl", None, coco="bowl", alt=("dish", "tableware")),
-    ToyClass("box", "box", alt=("crate", "storage box")),
-    ToyClass("book", "book", coco="book", alt=("hardcover", "novel")),
-    ToyClass("barrel", "barrel", alt=("keg",)),
-    ToyClass("stool", "stool", alt=("bar stool", "seat")),
-    ToyClass("chair", "chair", "chair", "chair", alt=("dining chair", "seat")),
-    ToyClass("table", "table", "diningtable", "dining table", alt=("desk", "dining table")),
-    ToyClass("sofa", "sofa", "sofa", "couch", alt=("couch", "loveseat")),
-    ToyClass("television", "television receiver", "tvmonitor", "tv", alt=("tv", "flat screen")),
-    ToyClass("plant", "plant", "pottedplant", "potted plant", alt=("houseplant", "potted plant")),
-    ToyClass("lamp", "lamp", alt=("floor lamp", "lighting")),
+    ToyClass("ball", "ball", coco="sports ball", alt=("sphere", "toy ball"), synset="n02778669"),
+    ToyClass("bottle", "bottle", "bottle", "bottle", alt=("flask",), synset="n02876657"),
+    ToyClass("vase", "vase", coco="vase", alt=("urn", "ceramics"), synset="n04522168"),
+    ToyClass("bowl", None, coco="bowl", alt=("dish", "tableware"), synset="n02880940"),
+    ToyClass("box", "box", alt=("crate", "storage box"), synset="n02883344"),
+    ToyClass("book", "book", coco="book", alt=("hardcover", "novel"), synset="n02870526"),
+    ToyClass("barrel", "barrel", alt=("keg",), synset="n02795169"),
+    ToyClass("stool", "stool", alt=("bar stool", "seat"), synset="n04326896"),
+    ToyClass("chair", "chair", "chair", "chair", alt=("dining chair", "seat"), synset="n03001627"),
+    ToyClass("table", "table", "diningtable", "dining table", alt=("desk", "dining table"), synset="n04379243"),
+    ToyClass("sofa", "sofa", "sofa", "couch", alt=("couch", "loveseat"), synset="n04256520"),
+    ToyClass("television", "television receiver", "tvmonitor", "tv", alt=("tv", "flat screen"), synset="n04405907"),
+    ToyClass("plant", "plant", "pottedplant", "potted plant", alt=("houseplant", "potted plant"), synset="n13083023"),
+    ToyClass("lamp", "lamp", alt=("floor lamp", "lighting"), synset="n03636649"),
 )
 
 # Toy ids are 1-based positions in this tuple; 0 never occurs, since a closed room covers every pixel.
 CLASSES = ROOM_CLASSES + OBJECT_CLASSES
 CLASS_ID = {c.name: i for i, c in enumerate(CLASSES, start=1)}
 CLASS_BY_NAME = {c.name: c for c in CLASSES}
+
+# Image classification: the solids in the order of their labels, which is that of their synsets.
+_BY_SYNSET = sorted((c.synset, c.name) for c in OBJECT_CLASSES if c.synset)
+TOY_CLS_SYNSETS: tuple[str, ...] = tuple(synset for synset, _ in _BY_SYNSET)
+TOY_CLS_CLASSES: tuple[str, ...] = tuple(name for _, name in _BY_SYNSET)
+
+# Kinds of rooms that toyworld tells apart, as Places365 spells them, in the order of their labels.
+TOY_PLACES: tuple[str, ...] = (
+    "/b/bar",
+    "/d/dining_room",
+    "/h/home_theater",
+    "/l/living_room",
+    "/p/playroom",
+    "/s/storage_room",
+    "/t/television_room",
+    "/u/utility_room",
+)
 
 # sRGB in 0..255; each instance jitters around these.
 COLOURS: dict[str, tuple[int, int, int]] = {

@@ -1,17 +1,8 @@
-"""Writes samples in the official layouts of real data sets, one writer a layout.
-
-A writer has two halves: `write` puts the files of one sample and runs in any process, in any order; `finish` puts lists
-and tables once all samples are there. Files appear whole or not at all (temporary name, then rename), so a file that
-exists is good and an interrupted run can go on.
-"""
+"""Writers of segmentation layouts: label masks as ADE20K and VOC 2012 have them."""
 
 from __future__ import annotations
 
-import io
-import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,56 +13,9 @@ from PIL import Image
 from clipbench.data.labels import ADE20K_CLASSES, ADE20K_STUFF, VOC_VOID, voc_palette
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.render import Sample
-
-JPEG_QUALITY = 95
-# Scenes of val start here, so that a larger toyworld of the same seed contains the smaller one's images.
-VAL_START = 1_000_000
+from clipbench.data.toyworld.writers.base import Item, LayoutWriter, encode_png, write_atomic
 
 Mask = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image of the data set to be.
-
-    Attributes:
-        split: "train" or "val".
-        number: 0-based within its split.
-    """
-
-    split: str
-    number: int
-
-    @property
-    def index(self) -> int:
-        """Which scene of the world it shows."""
-        return self.number + (VAL_START if self.split == "val" else 0)
-
-
-class LayoutWriter(ABC):
-    """Writes one layout below the toyworld folder."""
-
-    name: ClassVar[str]
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @abstractmethod
-    def files(self, item: Item) -> list[Path]:
-        """The files that `write` makes for an item."""
-
-    @abstractmethod
-    def encode(self, item: Item, sample: Sample, jpeg: bytes) -> list[bytes]:
-        """Their contents, in the same order. `jpeg` is the encoded image, which several layouts share."""
-
-    @abstractmethod
-    def finish(self, items: Sequence[Item]) -> None:
-        """Writes what speaks of all items: lists, tables."""
-
-    def write(self, item: Item, sample: Sample, jpeg: bytes) -> None:
-        """Writes the files of an item."""
-        for file, content in zip(self.files(item), self.encode(item, sample, jpeg), strict=True):
-            write_atomic(file, content)
 
 
 class ADE20KWriter(LayoutWriter):
@@ -188,35 +132,7 @@ def _borders(objects: Mask, width: int) -> npt.NDArray[np.bool_]:
     return edge
 
 
-WRITERS: dict[str, type[LayoutWriter]] = {writer.name: writer for writer in (ADE20KWriter, VOC2012Writer)}
-
-
-def encode_jpeg(image: npt.NDArray[np.uint8]) -> bytes:
-    """RGB (H, W, 3) → JPEG of high quality, with full colour resolution."""
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return out.getvalue()
-
-
-def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes."""
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
-
-
 def _encode_palette(labels: Mask) -> bytes:
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())  # turns mode L into P
     return encode_png(image)
-
-
-def write_atomic(file: Path, content: bytes) -> None:
-    """Puts a file in place whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-    except FileNotFoundError:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-    temporary.replace(file)
