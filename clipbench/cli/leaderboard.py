@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +18,9 @@ from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    from clipbench.results import Column, Difference, Leaderboard, Record, Table
+    from clipbench.results import Bootstrap, Column, Difference, Leaderboard, Record, Table
 
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="The results folder.")]
 
@@ -109,18 +111,22 @@ def diff(
 ) -> None:
     """Show what differs between two records, and whether the difference of their scores is real.
 
-    Where both runs kept per-image statistics, the difference comes with a 95 % interval from a paired bootstrap over
+    Where both runs kept per-image statistics, each difference comes with a 95 % interval from a paired bootstrap over
     images. The interval speaks of other images, not of other training seeds.
     """
-    from clipbench.results import bootstrap_records, diff_records
+    from clipbench.results import bootstrap_records, diff_records, no_interval
 
     first, second = _find_record(a, results), _find_record(b, results)
     differences = diff_records(first[0], second[0])
-    interval, reason = None, ""
+    main = first[0].metric
+    intervals, reason = {}, ""
     try:
-        interval = bootstrap_records(first, second, draws, seed)
+        intervals = bootstrap_records(first, second, draws, seed)
     except ClipbenchError as error:
         reason = error.message
+    else:
+        if main.name not in intervals:
+            reason = no_interval(main.name) or f"{main.name} is not recomputed from the per-image file"
     if json_:
         print_json(
             {
@@ -130,8 +136,10 @@ def diff(
                     name: {"a": first[0].scores.get(name), "b": second[0].scores.get(name)}
                     for name in {**first[0].scores, **second[0].scores}
                 },
-                "bootstrap": vars(interval) | {"significant": interval.significant} if interval else None,
-                "no_bootstrap": reason or None,
+                "intervals": {
+                    name: vars(interval) | {"significant": interval.significant} for name, interval in intervals.items()
+                },
+                "no_interval": reason or None,
                 "differences": [difference._asdict() for difference in differences],
             }
         )
@@ -139,17 +147,20 @@ def diff(
     from rich.console import Console
 
     console = Console()
-    console.print(_score_table(first[0], second[0]))
-    if interval is None:
-        console.print(f"No interval: {reason}.", style="dim", markup=False, highlight=False)
-    else:
-        verdict = "the difference is real on such images" if interval.significant else "the two are tied"
+    console.print(_score_table(first[0], second[0], intervals))
+    if interval := intervals.get(main.name):
+        better = "b" if (interval.difference > 0) == (main.direction == "up") else "a"
+        verdict = f"{better} is better on such images" if interval.significant else "the two are tied"
+        unit = " points" if main.unit == "%" else f" {main.unit}" if main.unit else ""
+        low, high = (f"{value:+.{main.digits}f}" for value in (interval.low, interval.high))
         console.print(
-            f"b − a: {interval.difference:+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f} over "
+            f"{main.name}, b − a: {interval.difference:+.{main.digits}f}{unit}, 95 % interval {low} to {high} over "
             f"{interval.images:,} images (paired bootstrap, {interval.draws:,} draws): {verdict}.",
             markup=False,
             highlight=False,
         )
+    else:
+        console.print(f"No interval: {reason}.", style="dim", markup=False, highlight=False)
     console.print()
     console.print(_difference_table(differences) if differences else "No setting differs.")
 
@@ -196,51 +207,107 @@ def print_board(board: Leaderboard, console: Console) -> None:
 
 
 def _print_table(board: Leaderboard, table: Table, console: Console) -> None:
-    """One table where it fits the terminal, else one a task."""
-    whole = _render(board, table, table.columns)
-    needed = console.measure(whole, options=console.options.update(max_width=10_000)).maximum
-    if needed <= console.width:
-        console.print(whole)
+    """One table where it fits the terminal, a line a backbone or a line a column, else one a family or less."""
+    from rich.text import Text
+
+    if any(_show(console, whole) for whole in (_wide(board, table), _long(board, table), _long(board, table, False))):
         return
-    for task in dict.fromkeys(column.task for column in table.columns):
-        console.print(_render(board, table, [column for column in table.columns if column.task == task]))
+
+    for part in board.by_family(table):
+        console.print(Text(f"\n{part.columns[0].title}", style="bold"))
+        rest = part.columns
+        while rest:
+            # As many columns as fit, one at least.
+            count = len(rest)
+            while not _show(console, _wide(board, replace(part, columns=rest[:count])), force=count == 1):
+                count -= 1
+            rest = rest[count:]
+        if absent := board.not_applicable(table, part):
+            console.print(Text(f"n/a: {', '.join(absent)}", style="dim"))
 
 
-def _render(board: Leaderboard, table: Table, columns: Sequence[Column]) -> RichTable:
+def _show(console: Console, table: RichTable, force: bool = False) -> bool:
+    """Print a table if it fits the terminal; whether it was printed."""
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    if needed <= console.width or force:
+        console.print(table)
+        return True
+    return False
+
+
+def _wide(board: Leaderboard, table: Table) -> RichTable:
+    """A line a backbone."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from clipbench.results.leaderboard import MISSING
-
     rendered = RichTable(box=box.SIMPLE_HEAD, header_style="")
     rendered.add_column("backbone", no_wrap=True)
-    for column in columns:
+    for column in table.columns:
         header = Text(f"{column.task}\n{column.label}\n{column.measure}", style="bold")
         header.append(_superscript(*column.notes)).append(f"\n{column.protocol_id}", style="not bold dim")
         rendered.add_column(header, justify="right", no_wrap=True)
     for name in table.backbones:
-        if not any(name in column.cells for column in columns):
+        if not any(name in column.cells for column in table.columns):
             continue
         floor = name in board.floors
-        row = [Text(f"{name} (floor)" if floor else name, style="dim" if floor else "")]
-        for column in columns:
-            cell = column.cells.get(name)
-            if cell is None:
-                row.append(Text(MISSING, style="dim"))
-            else:
-                style = "bold green" if cell.best else "dim" if floor else ""
-                row.append(Text(cell.text + _superscript(*cell.notes), style=style))
-        rendered.add_row(*row)
+        label = Text(f"{name} (floor)" if floor else name, style="dim" if floor else "")
+        rendered.add_row(label, *(_cell(board, column, name) for column in table.columns))
     return rendered
+
+
+def _long(board: Leaderboard, table: Table, protocols: bool = True) -> RichTable:
+    """A line a column of the table, for few backbones and many columns."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    rendered = RichTable(box=box.SIMPLE_HEAD, header_style="")
+    for header in ("task", "head", "metric"):
+        rendered.add_column(header, no_wrap=True)
+    for name in table.backbones:
+        floor = name in board.floors
+        header = _folded(f"{name} (floor)" if floor else name)
+        rendered.add_column(Text(header, style="dim" if floor else "bold"), justify="right", no_wrap=True)
+    if protocols:
+        rendered.add_column(Text("protocol", style="dim"), no_wrap=True)
+    before = table.columns[0]
+    for column in table.columns:
+        if column.family != before.family:
+            rendered.add_section()
+        task = column.task if column is table.columns[0] or column.task != before.task else ""
+        row = [Text(task), Text(column.label + _superscript(*column.notes)), Text(column.measure)]
+        row += [_cell(board, column, name) for name in table.backbones]
+        rendered.add_row(*row, *([Text(column.protocol_id, style="dim")] if protocols else []))
+        before = column
+    return rendered
+
+
+def _folded(name: str, width: int = 12) -> str:
+    """A name in lines of about `width` characters, broken after the marks that names are made of."""
+    lines = [""]
+    for piece in re.findall(r"[^-_./: ]*[-_./: ]*", name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(board: Leaderboard, column: Column, name: str) -> Text:
+    from rich.text import Text
+
+    cell = column.cells.get(name)
+    if cell is None:
+        return Text(board.empty(column, name), style="dim")
+    style = "bold green" if cell.best else "dim" if name in board.floors else ""
+    return Text(cell.text + _superscript(*cell.notes), style=style)
 
 
 def _superscript(*numbers: int) -> str:
     return "·".join(str(number).translate(_SUPERSCRIPT) for number in numbers)
 
 
-# --- diff
-# ---------------------------------------------------------------------------------------------------------------
+# --- diff -------------------------------------------------------------------------------------------------------------
 
 
 def _find_record(name: str, results: Path) -> tuple[Record, Path]:
@@ -266,7 +333,7 @@ def _find_record(name: str, results: Path) -> tuple[Record, Path]:
     return found[0], results
 
 
-def _score_table(a: Record, b: Record) -> RichTable:
+def _score_table(a: Record, b: Record, intervals: Mapping[str, Bootstrap]) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -278,13 +345,18 @@ def _score_table(a: Record, b: Record) -> RichTable:
         heading = f"{side}: {record.backbone.name}\n{run}\n{record.fingerprint[:12]}"
         table.add_column(Text(heading), justify="right", overflow="fold")
     table.add_column("b − a", justify="right")
-    main = a.metric.name
-    for name in sorted({*a.scores, *b.scores}, key=lambda name: (name != main, name)):
+    if intervals:
+        table.add_column("95 % interval", justify="right", no_wrap=True)
+    main, digits = a.metric.name, a.metric.digits
+    for name in {main: None, **a.scores, **b.scores}:  # as the metric lists them, the main one first
         values = [record.scores.get(name) for record in (a, b)]
-        row = ["–" if value is None else f"{value:.{a.metric.digits}f}" for value in values]
-        change = "–" if None in values else f"{values[1] - values[0]:+.{a.metric.digits}f}"  # type: ignore[operator]
+        row = ["–" if value is None else f"{value:.{digits}f}" for value in values]
+        row.append("–" if None in values else f"{values[1] - values[0]:+.{digits}f}")  # type: ignore[operator]
+        if intervals:
+            found = intervals.get(name)
+            row.append(f"{found.low:+.{digits}f} to {found.high:+.{digits}f}" if found else "–")
         label = f"{name} {a.metric.arrow}" if name == main else name
-        table.add_row(Text(label), *row, change, style="bold" if name == main else "")
+        table.add_row(Text(label), *row, style="bold" if name == main else "")
     return table
 
 

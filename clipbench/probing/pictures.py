@@ -1,9 +1,10 @@
-"""A sheet of predictions beside the ground truth, for a person to look at."""
+"""A sheet of predictions beside the ground truth, for a person to look at. Task families draw; the sheet lays out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,88 +12,108 @@ from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 4
 _LINE = 14  # pixels of a caption's line
+_FONT = 11
+
+Picture = npt.NDArray[Any]
+
+
+@dataclass
+class _Row:
+    """An image's tiles, all of the sheet's tile height."""
+
+    image: Image.Image
+    truth: Image.Image | None
+    predictions: dict[str, Image.Image] = field(default_factory=dict)
 
 
 class PredictionSheet:
-    """Collects the predictions of the first few images and draws one row an image: image, truth, each head.
+    """Collects pictures of the first few images: a row an image; its columns the image, the truth, each prediction.
+
+    Several runs may add to one sheet: an image that is already there gets another column, under another caption.
 
     Args:
-        palette: (C, 3) RGB colours of the classes, 0–255; ignored pixels are black.
         rows: Images shown.
-        height: Of a tile, pixels.
+        height: Of a tile, pixels. Pictures of other sizes are scaled to it, so text in them should be drawn at about
+            this height.
     """
 
-    def __init__(self, palette: npt.ArrayLike = (), rows: int = 6, height: int = 128) -> None:
-        self.set_palette(palette)
-        self._rows = rows
-        self._height = height
-        self._images: dict[str, Image.Image] = {}
-        self._maps: dict[str, dict[str, Image.Image]] = {}
-
-    def set_palette(self, palette: npt.ArrayLike) -> None:
-        """Colours of what is added from now on."""
-        self._palette = np.zeros((256, 3), np.uint8)
-        colours = np.asarray(palette, np.uint8).reshape(-1, 3)
-        self._palette[: len(colours)] = colours
+    def __init__(self, rows: int = 6, height: int = 128) -> None:
+        self.height = height
+        self._limit = rows
+        self._rows: dict[str, _Row] = {}
 
     def wants(self, name: str) -> bool:
         """Whether this image is, or still fits, on the sheet."""
-        return name in self._images or len(self._images) < self._rows
+        return name in self._rows or len(self._rows) < self._limit
 
-    def add(self, name: str, path: str, truth: npt.NDArray[np.uint8], head: str, prediction: npt.ArrayLike) -> None:
-        """Add one prediction.
+    def add(self, name: str, image: Picture, truth: Picture | None, caption: str, picture: Picture) -> None:
+        """Add one prediction, unless the sheet is full (`wants` tells before anything is drawn for nothing).
 
         Args:
             name: Of the image.
-            path: Its file.
-            truth: (H, W) labels, 255 ignored.
-            head: Caption of the prediction.
-            prediction: (H, W) class ids.
+            image: (H, W, 3) uint8 RGB; like the truth looked at the first time the name comes.
+            truth: (h, w, 3) uint8 RGB of any size; None where there is nothing to draw.
+            caption: Of the prediction's column; may have several lines.
+            picture: (h, w, 3) uint8 RGB of any size.
+
+        Raises:
+            ValueError: An array is not (H, W, 3) uint8.
         """
-        if name not in self._images:
-            with Image.open(path) as opened:
-                self._images[name] = self._fit(opened.convert("RGB"), Image.Resampling.BILINEAR)
-            self._maps[name] = {"truth": self._colour(truth)}
-        self._maps[name][head] = self._colour(np.asarray(prediction, np.uint8))
+        if not self.wants(name):
+            return
+        if name not in self._rows:
+            self._rows[name] = _Row(
+                self._fit(image, "image", photo=True), None if truth is None else self._fit(truth, "truth")
+            )
+        self._rows[name].predictions[caption] = self._fit(picture, caption)
 
-    def save(self, path: Path) -> None:
-        """Write the sheet as PNG; atomically."""
-        draw(self._images, self._maps, path)
+    def save(self, path: Path) -> bool:
+        """Write the sheet as PNG, atomically. Returns False, and writes nothing, where there is nothing on it."""
+        if not self._rows:
+            return False
+        sheet = self._layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        sheet.save(temporary, format="PNG", optimize=True)
+        temporary.replace(path)
+        return True
 
-    def _colour(self, labels: npt.NDArray[np.uint8]) -> Image.Image:
-        return self._fit(Image.fromarray(self._palette[labels]), Image.Resampling.NEAREST)
+    def _layout(self) -> Image.Image:
+        """Captions above the first row; a column is as wide as its widest tile or caption line."""
+        rows = list(self._rows.values())
+        captions = list(dict.fromkeys(caption for row in rows for caption in row.predictions))
+        columns: list[tuple[str, list[Image.Image | None]]] = [("image", [row.image for row in rows])]
+        if any(row.truth for row in rows):
+            columns.append(("truth", [row.truth for row in rows]))
+        columns += [(caption, [row.predictions.get(caption) for row in rows]) for caption in captions]
 
-    def _fit(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-        return image.resize((round(image.width * self._height / image.height), self._height), resampling)
+        font = ImageFont.load_default(size=_FONT)
+        widths = [
+            max(
+                *(int(font.getlength(line)) + 2 for line in caption.split("\n")),
+                *(tile.width for tile in tiles if tile),
+            )
+            for caption, tiles in columns
+        ]
+        top = _LINE * max(caption.count("\n") + 1 for caption, _ in columns) + _GAP
+        size = (sum(widths) + _GAP * (len(widths) + 1), top + (self.height + _GAP) * len(rows))
+        sheet = Image.new("RGB", size, "white")
+        pen = ImageDraw.Draw(sheet)
+        left = _GAP
+        for (caption, tiles), width in zip(columns, widths, strict=True):
+            pen.text((left, 1), caption, fill="black", font=font)
+            for row, tile in enumerate(tiles):
+                if tile:  # a run that stopped early leaves a gap
+                    sheet.paste(tile, (left, top + row * (self.height + _GAP)))
+            left += width + _GAP
+        return sheet
 
-
-def draw(images: Mapping[str, Image.Image], maps: Mapping[str, Mapping[str, Image.Image]], path: Path) -> None:
-    """Lay out tiles: one row an image, one column a map, captions (of several lines, perhaps) above the first row.
-
-    A column is as wide as its widest tile or caption line.
-    """
-    rows = [[("image", image), *maps[name].items()] for name, image in images.items()]
-    columns: Sequence[str] = [caption for caption, _ in rows[0]]
-    font = ImageFont.load_default(size=11)
-    widths = [
-        max(
-            *(row[column][1].width for row in rows),
-            *(int(font.getlength(line)) + 2 for line in caption.split("\n")),
-        )
-        for column, caption in enumerate(columns)
-    ]
-    height = rows[0][0][1].height
-    top = _LINE * max(caption.count("\n") + 1 for caption in columns) + _GAP
-    size = (sum(widths) + _GAP * (len(widths) + 1), top + (height + _GAP) * len(rows))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    left = _GAP
-    for column, (caption, width) in enumerate(zip(columns, widths, strict=True)):
-        pen.text((left, 1), caption, fill="black", font=font)
-        for row, tiles in enumerate(rows):
-            sheet.paste(tiles[column][1], (left, top + row * (height + _GAP)))
-        left += width + _GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    def _fit(self, picture: Picture, what: str, photo: bool = False) -> Image.Image:
+        array = np.asarray(picture)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+            raise ValueError(f"{what}: expected (H, W, 3) uint8, got {array.shape} {array.dtype}")
+        opened = Image.fromarray(np.ascontiguousarray(array))
+        # Smooth where detail would be lost, as of text and thin boxes; sharp where pixels of a label map are enlarged.
+        smooth = photo or opened.height > self.height
+        scale = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+        return opened.resize((max(1, round(opened.width * self.height / opened.height)), self.height), scale)

@@ -39,9 +39,9 @@ from clipbench.results.per_image import (
     PerImageWriter,
     load_per_image,
     merge_parts,
-    miou_from_per_image,
     segmentation_rows,
 )
+from clipbench.results.recompute import Summable, miou_from_per_image, no_interval, summable
 from clipbench.results.record import (
     BackboneInfo,
     DatasetInfo,
@@ -81,6 +81,7 @@ __all__ = [
     "Record",
     "Score",
     "Selection",
+    "Summable",
     "Table",
     "Timings",
     "Trial",
@@ -98,6 +99,7 @@ __all__ = [
     "load_records",
     "merge_parts",
     "miou_from_per_image",
+    "no_interval",
     "paired_bootstrap",
     "peak_memory",
     "protocol_id",
@@ -107,6 +109,7 @@ __all__ = [
     "record_stem",
     "segmentation_rows",
     "slug",
+    "summable",
     "to_csv",
     "to_dict",
     "to_markdown",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipbench.errors import ClipbenchError
-from clipbench.results.per_image import PerImage, class_counts, load_per_image, miou_from_counts, miou_from_per_image
+from clipbench.results.per_image import PerImage, load_per_image
+from clipbench.results.recompute import no_interval, summable
 from clipbench.results.record import Record
 
 ABSENT = "(absent)"
@@ -80,10 +81,10 @@ def _nested(items: Any) -> bool:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A paired bootstrap over images.
+    """A paired bootstrap over images, of one score.
 
     Attributes:
-        difference: Score of b − score of a on all images.
+        difference: Score of b − score of a on all images, in the score's unit (percentage points for percentages).
         low, high: 95 % percentile interval of that difference.
         images: N.
         draws: Number of resampled sets.
@@ -103,8 +104,8 @@ class Bootstrap:
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(a: PerImage, b: PerImage, draws: int = 1000, seed: int = 0) -> Bootstrap:
-    """How far the difference of two mIoUs (b − a, percentage points) depends on which images are in the set.
+def paired_bootstrap(a: PerImage, b: PerImage, draws: int = 1000, seed: int = 0) -> dict[str, Bootstrap]:
+    """How far the differences of two rows' scores (b − a) depend on which images are in the set.
 
     Both rows are recomputed on the same resampled images, N drawn with replacement, so that what makes an image hard
     for both cancels out: an unpaired interval would be several times too wide. Percentile interval, Efron and
@@ -113,13 +114,15 @@ def paired_bootstrap(a: PerImage, b: PerImage, draws: int = 1000, seed: int = 0)
     The interval speaks of other images, not of other training seeds.
 
     Args:
-        a, b: Segmentation stores over the same images.
+        a, b: Stores of one metric over the same images.
         draws: Number of resampled sets.
-        seed: Of the resampling; the same seed gives the same interval.
+        seed: Of the resampling; the same seed gives the same intervals.
+
+    Returns:
+        One for every score that is a function of sums over images; see `clipbench.results.recompute`.
 
     Raises:
-        ClipbenchError: The stores are over different images, or empty.
-        ValueError: A store is not one of segmentation.
+        ClipbenchError: The stores are over different images, of different metrics, of one that is not known, or empty.
     """
     if a.ids != b.ids:
         only_a, only_b = sorted(set(a.ids) - set(b.ids)), sorted(set(b.ids) - set(a.ids))
@@ -130,49 +133,66 @@ def paired_bootstrap(a: PerImage, b: PerImage, draws: int = 1000, seed: int = 0)
         )
     if not a.ids:
         raise ClipbenchError("the per-image files hold no image", "Repeat the records' commands.")
-    difference = miou_from_per_image(b) - miou_from_per_image(a)
-    tables = [table for store in (a, b) for table in class_counts(store)]
+    if set(a.columns) != set(b.columns):
+        raise ClipbenchError("the per-image files are of different metrics", "Compare rows of one task.")
+    first, second = summable(a), summable(b)
+    shared = [name for name in first.scores if name in second.scores]
+    samples: dict[str, list[Any]] = {name: [] for name in shared}
     count = len(a.ids)
     rng = np.random.default_rng(seed)
-    samples = []
     step = max(1, _CHUNK_WEIGHTS // count)
     for start in range(0, draws, step):
-        # How often each image was drawn; sums over a resampled set are then one matrix product, exact in float64.
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=min(step, draws - start)).astype(np.float64)
-        inter_a, union_a, inter_b, union_b = (weights @ table for table in tables)
-        samples.append(miou_from_counts(inter_b, union_b) - miou_from_counts(inter_a, union_a))
-    # A draw in which no image has a labelled pixel has no score.
-    low, high = np.nanquantile(np.concatenate(samples), (0.025, 0.975))
-    return Bootstrap(
-        difference=difference,
-        low=float(low),
-        high=float(high),
-        images=count,
-        draws=draws,
-        seed=seed,
-    )
+        # How often each image was drawn; sums over a resampled set are then one matrix product, exact for counts.
+        weights = np.empty((min(step, draws - start), count))
+        for row in weights:
+            row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+        sums_a, sums_b = weights @ first.table, weights @ second.table
+        for name in shared:
+            samples[name].append(second.scores[name](sums_b) - first.scores[name](sums_a))
+    whole_a, whole_b = first.all_images(), second.all_images()
+    intervals = {}
+    for name in shared:
+        if not np.isfinite(difference := whole_b[name] - whole_a[name]):
+            continue  # nothing to score in the whole set
+        # A draw in which no image has anything to score has no score.
+        low, high = np.nanquantile(np.concatenate(samples[name]), (0.025, 0.975))
+        intervals[name] = Bootstrap(difference, float(low), float(high), count, draws, seed)
+    return intervals
 
 
-def bootstrap_records(a: tuple[Record, Path], b: tuple[Record, Path], draws: int = 1000, seed: int = 0) -> Bootstrap:
+def bootstrap_records(
+    a: tuple[Record, Path], b: tuple[Record, Path], draws: int = 1000, seed: int = 0
+) -> dict[str, Bootstrap]:
     """`paired_bootstrap` of two records, each with the results folder that its artefacts are relative to.
+
+    Returns:
+        Score of both records → interval; scores that are no function of sums over images, such as a median, are left
+        out (`clipbench.results.recompute.no_interval` says why).
 
     Raises:
         ClipbenchError: With the reason why the two cannot be compared image by image.
     """
-    stores = []
-    for record, results_dir in (a, b):
-        if record.metric.name != "mIoU":
-            raise ClipbenchError(f"{record.stem}: per-image comparison knows mIoU, not {record.metric.name}")
-        if "per_image" not in record.artefacts:
-            raise ClipbenchError(f"{record.stem}: the run kept no per-image file")
-        store = load_per_image(results_dir / record.artefacts["per_image"])
-        again = miou_from_per_image(store)
-        if abs(again - record.value) > 1e-4:  # float32 sums differ less; another run's file, more
+    if a[0].task != b[0].task or a[0].dataset.fingerprint != b[0].dataset.fingerprint:
+        raise ClipbenchError("the two records are of different tasks or data", "Compare rows of one column.")
+    stores = [_checked_store(record, results_dir) for record, results_dir in (a, b)]
+    intervals = paired_bootstrap(stores[0], stores[1], draws, seed)
+    return {name: interval for name, interval in intervals.items() if name in a[0].scores and name in b[0].scores}
+
+
+def _checked_store(record: Record, results_dir: Path) -> PerImage:
+    """A record's per-image store, after the recorded scores came out of it again."""
+    if "per_image" not in record.artefacts:
+        if reason := no_interval(record.metric.name):
+            raise ClipbenchError(reason)
+        raise ClipbenchError(f"{record.stem}: the run kept no per-image file")
+    store = load_per_image(results_dir / record.artefacts["per_image"])
+    recomputed = summable(store).all_images()
+    for name in (name for name in record.scores if name in recomputed):
+        again, recorded = recomputed[name], record.scores[name]
+        # Two digits below what is shown: float32 sums differ less; another run's file, more.
+        if not abs(again - recorded) <= 10.0 ** -(record.metric.digits + 2) + 1e-6 * abs(recorded):
             raise ClipbenchError(
-                f"{record.stem}: its per-image file gives {again:.4f} and not the recorded {record.value:.4f}",
+                f"{record.stem}: its per-image file gives {name} {again:.6g} and not the recorded {recorded:.6g}",
                 "The file belongs to another run. Repeat the record's command.",
             )
-        stores.append(store)
-    if a[0].task != b[0].task or a[0].dataset.fingerprint != b[0].dataset.fingerprint:
-        raise ClipbenchError("the two records are of different tasks or data")
-    return paired_bootstrap(stores[0], stores[1], draws, seed)
+    return store

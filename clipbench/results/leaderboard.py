@@ -1,4 +1,4 @@
-"""The leaderboard: rows backbones, columns task × head, and never two protocols in one column.
+"""The leaderboard: backbones against task × head, and never two protocols in one column.
 
 How records become cells:
 
@@ -8,7 +8,12 @@ How records become cells:
    table.
 3. Within a variant, the seeds of a backbone are averaged: mean ± sample standard deviation (number of seeds).
 4. Seeds are averaged only over the same weights. Where a name was re-pointed to other weights, the newest counts, and a
-   footnote says so; every other oddity (skipped corrupt images, unreadable files) gets its footnote as well.
+   footnote says so; every other oddity (skipped corrupt images, unreadable files, a record's notes) gets its footnote
+   as well.
+5. A task that needs a text tower is n/a for a backbone without one; any other empty cell is merely missing.
+
+Columns stand in the order of `FAMILIES`, then by task. A table with more than `WIDE` of them is turned, a line a
+column, so that it still fits a page; with that many backbones as well, it is cut into one table a family.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import contextlib
 import csv
 import fnmatch
 import io
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,11 +36,29 @@ from clipbench.results.hashing import fingerprint
 from clipbench.results.record import Record, Score, load_records, write_text_atomically
 
 MISSING = "–"
+NOT_APPLICABLE = "n/a"
+WIDE = 8
+"""Columns of a Markdown table that can be read on a page."""
+
+FAMILIES: Mapping[str, str] = {
+    "segmentation": "Segmentation",
+    "detection": "Detection",
+    "depth": "Depth",
+    "normals": "Surface normals",
+    "classification": "Classification",
+    "zeroshot": "Zero-shot classification",
+    "retrieval": "Retrieval",
+    "open-vocabulary": "Open-vocabulary segmentation",
+}
+"""Task families (a protocol's `family`) in the order of their columns, with their titles; those that need a text tower
+last, so that what is n/a stands together. Families that are not listed follow by name."""
+
 _ELSEWHERE = "More rows, with another protocol or other data, stand in tables of their own below."
 _LEGEND = """\
 **Bold**: best of its column; all that are equal after rounding. ±: sample standard deviation over seeds, whose number
 stands in brackets. Floors have random weights. Columns with different protocols are not comparable; `clipbench diff`
-shows what sets two records apart. Each record holds its whole protocol.
+shows what sets two records apart. Each record holds its whole protocol. n/a: the task needs a text tower, which the
+backbone does not have; –: not probed. Backbones are ordered by their mean rank over the columns that they have.
 
 Written by `clipbench leaderboard` from `records/`; edits are overwritten."""
 
@@ -67,6 +91,8 @@ class Column:
     """A task × head under one protocol on one data set.
 
     Attributes:
+        family: Of the task: a key of `FAMILIES`, another name, or empty.
+        needs_text: The task works with two-tower models only.
         notes: Numbers of the footnotes that belong to it.
         cells: Backbone → cell.
         differences: From the main table's column of the same task, head and mode; empty there.
@@ -83,6 +109,8 @@ class Column:
     dataset_fingerprint: str
     n_val: int
     cells: dict[str, Cell]
+    family: str = ""
+    needs_text: bool = False
     notes: tuple[int, ...] = ()
     differences: tuple[Difference, ...] = ()
 
@@ -97,10 +125,18 @@ class Column:
         unit = f" ({self.metric.unit})" if self.metric.unit else ""
         return f"{self.metric.name} {self.metric.arrow}{unit}"
 
+    @property
+    def title(self) -> str:
+        """The family's title."""
+        return FAMILIES.get(self.family, self.family or "Other tasks")
+
 
 @dataclass(frozen=True)
 class Table:
-    """Columns that may stand side by side, with the backbones in order: by mean rank, then name; floors last."""
+    """Columns that may stand side by side, with the backbones in order.
+
+    By mean rank over the columns that a backbone has, then more columns first, then name; floors last.
+    """
 
     columns: tuple[Column, ...]
     backbones: tuple[str, ...]
@@ -114,6 +150,7 @@ class Leaderboard:
         main: The main table.
         others: One table a set of columns that differ from the main table in the same way.
         floors: Backbones with random weights.
+        one_tower: Backbones without a text tower.
         footnotes: Number i is `footnotes[i - 1]`.
         problems: Files that could not be read.
     """
@@ -121,8 +158,30 @@ class Leaderboard:
     main: Table
     others: tuple[Table, ...]
     floors: frozenset[str]
+    one_tower: frozenset[str]
     footnotes: tuple[str, ...]
     problems: tuple[str, ...] = ()
+
+    def empty(self, column: Column, backbone: str) -> str:
+        """What stands where a backbone has no cell: `NOT_APPLICABLE` or `MISSING`."""
+        return NOT_APPLICABLE if column.needs_text and backbone in self.one_tower else MISSING
+
+    def by_family(self, table: Table) -> list[Table]:
+        """A table cut into one a family, each with the backbones that have a cell in it."""
+        parts = []
+        for _, group in itertools.groupby(table.columns, key=lambda column: column.family):
+            columns = tuple(group)
+            shown = tuple(name for name in table.backbones if any(name in column.cells for column in columns))
+            parts.append(Table(columns, shown))
+        return parts
+
+    def not_applicable(self, table: Table, part: Table) -> list[str]:
+        """Backbones of a table that are left out of a part of it because they can do none of its columns."""
+        return [
+            name
+            for name in table.backbones
+            if name not in part.backbones and all(self.empty(column, name) == NOT_APPLICABLE for column in part.columns)
+        ]
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -165,9 +224,13 @@ def build_leaderboard(
     footnotes: list[str] = []
     main: list[Column] = []
     others: dict[str, list[Column]] = defaultdict(list)
-    for _, variants in sorted(groups.items(), key=lambda item: (*item[0][:2], item[0][2] != "frozen")):
-        ordered = sorted(variants.values(), key=lambda group: _standing(group, protocols), reverse=True)
-        first, *rest = ordered
+    for first, *rest in sorted(
+        (
+            sorted(variants.values(), key=lambda group: _standing(group, protocols), reverse=True)
+            for variants in groups.values()
+        ),
+        key=lambda ordered: _place(ordered[0][0]),
+    ):
         column = _column(first, footnotes)
         for group in rest:
             differences = tuple(_variant_differences(first[0], group[0]))
@@ -178,13 +241,26 @@ def build_leaderboard(
             column = replace(column, notes=(*column.notes, _footnote(footnotes, _ELSEWHERE)))
         main.append(column)
     floors = frozenset(record.backbone.name for record in records if record.backbone.floor)
+    newest = {record.backbone.name: record for record in sorted(records, key=lambda record: record.created)}
     return Leaderboard(
         main=_table(main, floors),
         others=tuple(_table(columns, floors) for columns in others.values()),
         floors=floors,
+        one_tower=frozenset(name for name, record in newest.items() if not record.backbone.text),
         footnotes=tuple(footnotes),
         problems=tuple(problems),
     )
+
+
+def _family(record: Record) -> str:
+    return str(record.protocol.get("family", ""))
+
+
+def _place(record: Record) -> tuple[Any, ...]:
+    """Sort key of a column."""
+    family, known = _family(record), list(FAMILIES)
+    place = known.index(family) if family in known else len(known)
+    return place, family, record.task, record.head, record.mode != "frozen"
 
 
 def _standing(group: Sequence[Record], protocols: Sequence[str]) -> tuple[Any, ...]:
@@ -211,7 +287,10 @@ def _column(records: Sequence[Record], footnotes: list[str]) -> Column:
     for record in records:
         by_backbone[record.backbone.name].append(record)
     newest = max(records, key=lambda record: record.created)
-    cells = {name: _cell(group, newest.metric, footnotes) for name, group in sorted(by_backbone.items())}
+    # What is said of every row is a fact about the data, and said once.
+    general = [note for note in newest.notes if all(note in record.notes for record in records)]
+    notes = tuple(_footnote(footnotes, f"{newest.task}: {_sentence(note)}") for note in general)
+    cells = {name: _cell(group, newest.metric, general, footnotes) for name, group in sorted(by_backbone.items())}
     sign = 1 if newest.metric.direction == "up" else -1
     digits = newest.metric.digits
     if len(cells) > 1:  # a lone row is no winner
@@ -229,11 +308,14 @@ def _column(records: Sequence[Record], footnotes: list[str]) -> Column:
         dataset_fingerprint=newest.dataset.fingerprint,
         n_val=newest.dataset.n_val,
         cells=cells,
+        family=_family(newest),
+        needs_text=newest.needs_text,
+        notes=notes,
     )
 
 
-def _cell(records: Sequence[Record], metric: Score, footnotes: list[str]) -> Cell:
-    """The seeds of one backbone in one variant. `best` is decided later, in the column."""
+def _cell(records: Sequence[Record], metric: Score, general: Sequence[str], footnotes: list[str]) -> Cell:
+    """The seeds of one backbone in one variant, without the notes in `general`. `best` is decided in the column."""
     newest = max(records, key=lambda record: record.created)
     same = [record for record in records if _identity(record) == _identity(newest)]
     by_seed: dict[int, Record] = {}
@@ -255,6 +337,8 @@ def _cell(records: Sequence[Record], metric: Score, footnotes: list[str]) -> Cel
     if skipped:
         counts = ", ".join(f"{count} of {split}" for split, count in sorted(skipped.items()))
         notes.append(_footnote(footnotes, f"{name}: corrupt images were skipped: {counts}."))
+    for note in dict.fromkeys(note for record in used for note in record.notes if note not in general):
+        notes.append(_footnote(footnotes, f"{name}: {_sentence(note)}"))
 
     values = [record.value for record in used]
     mean = statistics.fmean(values)
@@ -286,6 +370,10 @@ def _identity(record: Record) -> str:
     )
 
 
+def _sentence(note: str) -> str:
+    return note if note.endswith((".", "!", "?")) else f"{note}."
+
+
 def _footnote(footnotes: list[str], text: str) -> int:
     if text not in footnotes:
         footnotes.append(text)
@@ -299,7 +387,7 @@ def _table(columns: Sequence[Column], floors: frozenset[str]) -> Table:
         scores = {name: sign * round(cell.mean, column.metric.digits) for name, cell in column.cells.items()}
         for name, score in scores.items():
             ranks[name].append(1 + sum(other < score for other in scores.values()))
-    order = sorted(ranks, key=lambda name: (name in floors, statistics.fmean(ranks[name]), name))
+    order = sorted(ranks, key=lambda name: (name in floors, statistics.fmean(ranks[name]), -len(ranks[name]), name))
     return Table(tuple(columns), tuple(order))
 
 
@@ -308,7 +396,7 @@ def _table(columns: Sequence[Column], floors: frozenset[str]) -> Table:
 
 def to_markdown(board: Leaderboard) -> str:
     """The leaderboard as GitHub-flavoured Markdown."""
-    blocks = ["# Leaderboard", _markdown_table(board, board.main)]
+    blocks = ["# Leaderboard", _markdown_table(board, board.main, "##")]
     if board.footnotes:
         blocks.append("  \n".join(f"{_superscript(i)} {_escape(text)}" for i, text in enumerate(board.footnotes, 1)))
     if board.problems:
@@ -321,7 +409,7 @@ def to_markdown(board: Leaderboard) -> str:
             f"- `{path}`: {_code(brief(a))} → {_code(brief(b))}" for path, a, b in table.columns[0].differences
         ]
         blocks += [f"{title}\n\nDiffers from the main table in:\n\n" + "\n".join(differences)]
-        blocks.append(_markdown_table(board, table))
+        blocks.append(_markdown_table(board, table, "####"))
     rows = [
         "| protocol | column | data | val images | precision | settings |",
         "|---|---|---|---:|---|---|",
@@ -337,20 +425,56 @@ def to_markdown(board: Leaderboard) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _markdown_table(board: Leaderboard, table: Table) -> str:
+def _markdown_table(board: Leaderboard, table: Table, heading: str) -> str:
+    """One table that can be read on a page, or several under headings of a level."""
+    if len(table.columns) <= WIDE:
+        return _wide_table(board, table)
+    if len(table.backbones) <= WIDE:
+        return _long_table(board, table)
+    blocks = []
+    for part in board.by_family(table):
+        draw = _long_table if len(part.columns) > WIDE >= len(part.backbones) else _wide_table
+        blocks += [f"{heading} {part.columns[0].title}", draw(board, part)]
+        if absent := board.not_applicable(table, part):
+            blocks.append(f"{NOT_APPLICABLE}: {', '.join(map(_code, absent))}")
+    return "\n\n".join(blocks)
+
+
+def _markdown_name(board: Leaderboard, name: str) -> str:
+    return f"{_code(name)} (floor)" if name in board.floors else _code(name)
+
+
+def _markdown_cell(board: Leaderboard, column: Column, name: str) -> str:
+    cell = column.cells.get(name)
+    if cell is None:
+        return board.empty(column, name)
+    return (f"**{cell.text}**" if cell.best else cell.text) + _superscript(*cell.notes)
+
+
+def _markdown_rows(rows: list[list[str]], rule: list[str]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _long_table(board: Leaderboard, table: Table) -> str:
+    """A line a column of the table."""
+    rows = [["task", "head", "metric", *(_markdown_name(board, name) for name in table.backbones), "protocol"]]
+    for column in table.columns:
+        head = _escape(column.label) + _superscript(*column.notes)
+        cells = [_markdown_cell(board, column, name) for name in table.backbones]
+        rows.append([_escape(column.task), head, column.measure, *cells, f"`{column.protocol_id}`"])
+    return _markdown_rows(rows, ["---", "---", "---", *["---:"] * len(table.backbones), "---"])
+
+
+def _wide_table(board: Leaderboard, table: Table) -> str:
+    """A line a backbone."""
     header = ["backbone"]
     for column in table.columns:
         lines = (_escape(column.task), _escape(column.label), column.measure, f"`{column.protocol_id}`")
         header.append("<br>".join(lines) + _superscript(*column.notes))
-    rows = [header, ["---", *["---:"] * len(table.columns)]]
+    rows = [header]
     for name in table.backbones:
-        row = [f"{_code(name)} (floor)" if name in board.floors else _code(name)]
-        for column in table.columns:
-            cell = column.cells.get(name)
-            text = MISSING if cell is None else f"**{cell.text}**" if cell.best else cell.text
-            row.append(text + (_superscript(*cell.notes) if cell else ""))
-        rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([_markdown_name(board, name), *(_markdown_cell(board, column, name) for column in table.columns)])
+    return _markdown_rows(rows, ["---", *["---:"] * len(table.columns)])
 
 
 def _at_a_glance(protocol: Mapping[str, Any]) -> str:
@@ -360,9 +484,8 @@ def _at_a_glance(protocol: Mapping[str, Any]) -> str:
         items = value if isinstance(value, list) else [value]
         return not any(isinstance(item, dict | list) for item in items)
 
-    return ", ".join(
-        f"{key} {brief(value, 40)}" for key, value in protocol.items() if flat(value) and value is not None
-    )
+    shown = {key: value for key, value in protocol.items() if key != "family" and value not in (None, [], "")}
+    return ", ".join(f"{key} {brief(value, 40)}" for key, value in shown.items() if flat(value))
 
 
 def _superscript(*numbers: int) -> str:
@@ -388,7 +511,7 @@ def to_csv(board: Leaderboard) -> str:
     ones.
 
     A column's name holds task, head, metric, direction, protocol and data; where a cell averages several seeds, `std`
-    and `n` columns follow it. Cells without a result are empty.
+    and `n` columns follow it. Cells without a result are empty, or hold n/a.
     """
     columns = [column for table in board.tables for column in table.columns]
     names = sorted({name for column in columns for name in column.cells})
@@ -408,7 +531,7 @@ def to_csv(board: Leaderboard) -> str:
         row: list[Any] = [backbone, str(backbone in board.floors).lower()]
         for column, several in zip(columns, many, strict=True):
             cell = column.cells.get(backbone)
-            values: list[Any] = ["", "", ""]
+            values: list[Any] = [NOT_APPLICABLE if board.empty(column, backbone) == NOT_APPLICABLE else "", "", ""]
             if cell is not None:
                 values = [round(cell.mean, 6), "" if cell.std is None else round(cell.std, 6), len(cell.seeds)]
             row += values if several else values[:1]
@@ -422,10 +545,15 @@ def to_dict(board: Leaderboard) -> dict[str, Any]:
         "tables": [
             {
                 "main": table is board.main,
-                "backbones": [{"name": name, "floor": name in board.floors} for name in table.backbones],
+                "backbones": [
+                    {"name": name, "floor": name in board.floors, "text": name not in board.one_tower}
+                    for name in table.backbones
+                ],
                 "columns": [
                     {
                         "task": column.task,
+                        "family": column.family,
+                        "needs_text": column.needs_text,
                         "head": column.head,
                         "mode": column.mode,
                         "metric": column.metric.model_dump(),
@@ -439,6 +567,11 @@ def to_dict(board: Leaderboard) -> dict[str, Any]:
                         },
                         "differs_from_main": [difference._asdict() for difference in column.differences],
                         "footnotes": list(column.notes),
+                        "not_applicable": [
+                            name
+                            for name in table.backbones
+                            if name not in column.cells and board.empty(column, name) == NOT_APPLICABLE
+                        ],
                         "cells": [
                             {
                                 "backbone": name,

@@ -13,7 +13,18 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from clipbench.errors import ClipbenchError
 from clipbench.results.hashing import PROTOCOL_VERSION, canonical, protocol_id, protocol_payload, record_fingerprint
@@ -21,11 +32,13 @@ from clipbench.results.machine import Environment, Memory
 
 # Raise it with every change of the fields below, a new optional one included: unknown fields are refused, and the
 # number is what lets an older clipbench say "update me" instead of "broken file".
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
+# Strict, so that neither a flag nor a count becomes another number on its way through a file.
+Setting = StrictInt | StrictFloat | StrictStr
 
 
 class _Part(BaseModel):
@@ -67,11 +80,17 @@ class Weights(_Part):
 
 
 class FeatureMap(_Part):
-    """A feature map that the head reads: its name, channels and stride (input pixels a cell)."""
+    """A feature that the head reads.
+
+    Attributes:
+        name: Of the layer; "global" for the global feature.
+        channels: Its width.
+        stride: Input pixels a cell of the map; None for the global feature, which has no cells.
+    """
 
     name: Name
     channels: Annotated[int, Field(gt=0)]
-    stride: Annotated[int, Field(gt=0)]
+    stride: Annotated[int, Field(gt=0)] | None
 
 
 class BackboneInfo(_Part):
@@ -86,7 +105,9 @@ class BackboneInfo(_Part):
         floor: Random weights, shown as the floor that others must beat. True by default where `weights.origin` is
             `random`.
         input: The input declaration (mean, std, size, resize mode, …); part of the fingerprint.
-        features: The feature maps that the head reads; empty where it reads the global feature only.
+        features: What the head reads: feature maps, the global feature, or both; empty where it reads neither, as the
+            joint embeddings of a two-tower model.
+        text: The model has a text tower: it can do tasks that need one. Never enters a fingerprint.
     """
 
     name: Name
@@ -97,6 +118,7 @@ class BackboneInfo(_Part):
     floor: bool
     input: dict[str, Any]
     features: tuple[FeatureMap, ...] = ()
+    text: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -120,8 +142,8 @@ class DatasetInfo(_Part):
     Attributes:
         name: Its name in the registry.
         fingerprint: Hash of what is on disk; rows with different ones never share a column.
-        n_train: Images trained on, without those held out.
-        n_holdout: Images held out of the training set to choose the learning rate.
+        n_train: Images trained on, without those held out; 0 for a task that trains nothing.
+        n_holdout: Images held out of the training set to choose among the trials.
         n_val: Images evaluated.
         skipped_corrupt: Split → images left out because they do not decode (`--skip-corrupt`).
     """
@@ -156,30 +178,30 @@ class Score(_Part):
 
 
 class Trial(_Part):
-    """One learning rate of the sweep.
+    """One setting of a head that was tried.
 
     Attributes:
-        lr: Learning rate.
-        holdout: Main metric on the held-out images; None for a rate that diverged, or where nothing was held out.
+        settings: What distinguishes it from the others: {"lr": 0.001}, {"k": 20, "temperature": 0.07}, {"C": 1.0}.
+        holdout: Main metric on the held-out images; None for a trial that diverged, or where nothing was held out.
         status: "ok" or "diverged at step 120".
     """
 
-    lr: float
+    settings: dict[Name, Setting]
     holdout: float | None = None
     status: Annotated[str, StringConstraints(pattern=r"^(ok|diverged at step \d+)$")] = "ok"
 
 
 class Selection(_Part):
-    """How the learning rate was chosen: all that were tried, and the one that the scores belong to."""
+    """How a head's setting was chosen: all that were tried, and the one that the scores belong to."""
 
     trials: tuple[Trial, ...]
-    chosen_lr: float
+    chosen: dict[Name, Setting]
 
     @model_validator(mode="after")
     def _chosen_is_a_finished_trial(self) -> Selection:
-        finished = [trial.lr for trial in self.trials if trial.status == "ok"]
-        if self.chosen_lr not in finished:
-            raise ValueError(f"chosen_lr {self.chosen_lr} is not among the finished trials {finished}")
+        finished = [trial.settings for trial in self.trials if trial.status == "ok"]
+        if self.chosen not in finished:
+            raise ValueError(f"chosen {self.chosen} is not among the finished trials {finished}")
         return self
 
 
@@ -191,7 +213,7 @@ class Timings(_Part):
         train_s, eval_s: Its two parts; the rest is loading and set-up.
         train_images_per_s, eval_images_per_s: Throughput of the pass.
         data_s, inference_s, metric_s: Evaluation split into waiting for data, the models, and counting.
-        heads_in_pass: Head × rate combinations that the pass fed.
+        heads_in_pass: Head × setting combinations that the pass fed.
     """
 
     wall_s: float
@@ -218,7 +240,7 @@ class Record(_Part):
         metric: The main metric.
         scores: Metric → value, the main one among them; finite.
         per_class: Class name → main metric of that class; None where it is undefined (the class appears nowhere).
-        selection: The sweep over learning rates, None where there is none.
+        selection: The sweep over learning rates or other settings, None where there is none.
         protocol_version: clipbench's own, see `PROTOCOL_VERSION`.
         protocol: The resolved recipe of this head and every flag that changes the score, as plain JSON types.
         protocol_id: Names protocol, head, mode and precision; equal for rows that may be compared.
@@ -230,9 +252,15 @@ class Record(_Part):
         command: The shell command that repeats it.
         created: UTC.
         artefacts: Kind (`head`, `log`, `picture`, `per_image`) → path relative to the results folder.
+        needs_text: The task works with two-tower models only, so that other rows of its column are n/a and not missing.
+        joint: Names of other tasks whose heads were trained in the same pass.
+        notes: Short sentences that a reader of the score must know ("7 captions occur more than once"); the leaderboard
+            shows them as footnotes.
+
+    `needs_text`, `joint` and `notes` are information and in no hash.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     backbone: BackboneInfo
     task: Name
     head: Name
@@ -254,6 +282,9 @@ class Record(_Part):
     command: str
     created: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
     artefacts: dict[str, str] = {}
+    needs_text: bool = False
+    joint: tuple[Name, ...] = ()
+    notes: tuple[Name, ...] = ()
 
     @property
     def value(self) -> float:
@@ -398,7 +429,8 @@ def read_record(path: str | Path) -> Record:
     """Read one record.
 
     Raises:
-        ClipbenchError: The file is missing, is not a record, was written by a newer clipbench, or was edited by hand.
+        ClipbenchError: The file is missing, is not a record, was written by an older or a newer clipbench, or was
+            edited by hand.
     """
     path = Path(path)
     try:
@@ -411,11 +443,17 @@ def read_record(path: str | Path) -> Record:
         raise ClipbenchError(f"{path}: not a JSON file ({error})", "Delete it and run the probe again.") from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise ClipbenchError(f"{path}: not a clipbench record (no schema_version)", "Move it out of results/records.")
-    version = data["schema_version"]
+    version, command = data["schema_version"], data.get("command")
+    again = f"repeat the run: {command}" if isinstance(command, str) and command else "repeat the run"
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise ClipbenchError(
-            f"{path}: written by a newer clipbench (schema {version}; this one reads up to {SCHEMA_VERSION})",
+            f"{path}: written by a newer clipbench (schema {version}; this one reads {SCHEMA_VERSION})",
             "Update clipbench: pip install --upgrade clipbench",
+        )
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise ClipbenchError(
+            f"{path}: written by an older clipbench (schema {version}; this one reads {SCHEMA_VERSION})",
+            f"Delete the file and {again}",
         )
     try:
         return Record.model_validate(data)
@@ -424,9 +462,7 @@ def read_record(path: str | Path) -> Record:
             f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         )
-        command = data.get("command")
-        again = f" Repeat the run: {command}" if isinstance(command, str) and command else ""
-        raise ClipbenchError(f"{path}: not a valid record: {reasons}", f"Restore the file.{again}") from error
+        raise ClipbenchError(f"{path}: not a valid record: {reasons}", f"Restore the file or {again}") from error
 
 
 def load_records(results_dir: str | Path, problems: list[str] | None = None) -> list[Record]:

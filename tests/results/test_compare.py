@@ -19,6 +19,7 @@ from clipbench.results import (
     miou_from_per_image,
     paired_bootstrap,
     segmentation_rows,
+    summable,
 )
 from clipbench.results import PerImageWriter as Writer
 
@@ -60,6 +61,9 @@ def test_records_with_different_fingerprints_have_a_difference_to_show(make_reco
     assert ("protocol.steps", 40_000, 60) in diff_records(base, make_record(steps=60))
 
 
+FILES = {name: {"per_image": f"{name}.npz"} for name in ("a", "b")}
+
+
 def _store(path: Path, images: int, skill: float, seed: int = 0, classes: int = 12) -> PerImage:
     """Images of very different difficulty (the same for every skill): accuracy = difficulty + skill."""
     difficulty = np.random.default_rng(99).uniform(0.1, 0.8, images)
@@ -80,7 +84,7 @@ def _store(path: Path, images: int, skill: float, seed: int = 0, classes: int = 
 def test_bootstrap_equals_the_plain_loop(tmp_path: Path) -> None:
     """The matrix product gives what rebuilding each resampled set image by image gives."""
     a, b = _store(tmp_path / "a.npz", 17, 0.0), _store(tmp_path / "b.npz", 17, 0.05, seed=1)
-    fast = paired_bootstrap(a, b, draws=100, seed=3)
+    fast = paired_bootstrap(a, b, draws=100, seed=3)["mIoU"]
 
     def slow_miou(store: PerImage, weights: Any) -> float:
         totals: dict[int, list[int]] = {}
@@ -92,7 +96,8 @@ def test_bootstrap_equals_the_plain_loop(tmp_path: Path) -> None:
         ious = [inter / union for inter, union in totals.values() if union]
         return 100 * sum(ious) / len(ious)
 
-    draws = np.random.default_rng(3).multinomial(17, np.full(17, 1 / 17), size=100)
+    rng = np.random.default_rng(3)
+    draws = [np.bincount(rng.integers(17, size=17), minlength=17) for _ in range(100)]
     loop = [slow_miou(b, weights) - slow_miou(a, weights) for weights in draws]
     assert (fast.low, fast.high) == pytest.approx(tuple(np.quantile(loop, (0.025, 0.975))), abs=1e-9)
     assert fast.difference == pytest.approx(slow_miou(b, np.ones(17)) - slow_miou(a, np.ones(17)), abs=1e-9)
@@ -100,9 +105,9 @@ def test_bootstrap_equals_the_plain_loop(tmp_path: Path) -> None:
 
 def test_chunks_do_not_change_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = _store(tmp_path / "a.npz", 40, 0.0), _store(tmp_path / "b.npz", 40, 0.02, seed=1)
-    whole = paired_bootstrap(a, b, draws=250)
+    whole = paired_bootstrap(a, b, draws=250)["mIoU"]
     monkeypatch.setattr("clipbench.results.compare._CHUNK_WEIGHTS", 40 * 7)
-    chunked = paired_bootstrap(a, b, draws=250)
+    chunked = paired_bootstrap(a, b, draws=250)["mIoU"]
     assert (chunked.low, chunked.high) == pytest.approx((whole.low, whole.high), abs=1e-9)
 
 
@@ -110,13 +115,13 @@ def test_pairing_finds_a_small_real_difference_and_no_false_one(tmp_path: Path) 
     base = _store(tmp_path / "a.npz", 200, 0.0)
     better = _store(tmp_path / "b.npz", 200, 0.01, seed=1)
     equal = _store(tmp_path / "c.npz", 200, 0.0, seed=2)
-    real = paired_bootstrap(base, better)
+    real = paired_bootstrap(base, better)["mIoU"]
     assert real.significant
     assert real.low < real.difference < real.high
-    assert not paired_bootstrap(base, equal).significant
-    backwards = paired_bootstrap(better, base)
+    assert not paired_bootstrap(base, equal)["mIoU"].significant
+    backwards = paired_bootstrap(better, base)["mIoU"]
     assert (backwards.low, backwards.high) == pytest.approx((-real.high, -real.low), abs=1e-9)
-    same = paired_bootstrap(base, base)
+    same = paired_bootstrap(base, base)["mIoU"]
     assert (same.difference, same.low, same.high, same.significant) == (0, 0, 0, False)
 
 
@@ -129,7 +134,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(tmp_path: Path) -> None:
     for _ in range(100):
         chosen = np.sort(rng.choice(3000, 100, replace=False))
         small = [_subset(store, chosen) for store in (a, b)]
-        interval = paired_bootstrap(small[0], small[1], draws=300)
+        interval = paired_bootstrap(small[0], small[1], draws=300)["mIoU"]
         hits += interval.low <= truth <= interval.high
     assert 87 <= hits <= 99
 
@@ -149,17 +154,24 @@ def test_different_images_are_refused(tmp_path: Path) -> None:
 def test_records_are_compared_through_their_files(make_record: Any, tmp_path: Path) -> None:
     stores = {name: _store(tmp_path / f"{name}.npz", 60, skill) for name, skill in (("a", 0.0), ("b", 0.1))}
     scores = {name: miou_from_per_image(store) for name, store in stores.items()}
-    a, b = (make_record(name=n, miou=scores[n], artefacts={"per_image": f"{n}.npz"}) for n in ("a", "b"))
-    result = bootstrap_records((a, tmp_path), (b, tmp_path))
+    a, b = (make_record(name=n, scores=summable(stores[n]).all_images(), artefacts=FILES[n]) for n in ("a", "b"))
+    intervals = bootstrap_records((a, tmp_path), (b, tmp_path))
+    assert set(intervals) == {"mIoU", "mAcc", "aAcc"}
+    result = intervals["mIoU"]
     assert result.difference == pytest.approx(scores["b"] - scores["a"])
     assert result.images == 60
     assert result.significant
 
-    stale = make_record(name="b", miou=scores["b"] + 0.5, artefacts={"per_image": "b.npz"})
-    with pytest.raises(ClipbenchError, match="belongs to another run"):
-        bootstrap_records((a, tmp_path), (stale, tmp_path))
+    for wrong in ({"mIoU": scores["b"] + 0.001}, {"mIoU": scores["b"], "aAcc": b.scores["aAcc"] - 0.001}):
+        stale = make_record(name="b", scores=wrong, artefacts=FILES["b"])
+        with pytest.raises(ClipbenchError, match="belongs to another run"):
+            bootstrap_records((a, tmp_path), (stale, tmp_path))
     with pytest.raises(ClipbenchError, match="kept no per-image file"):
         bootstrap_records((a, tmp_path), (make_record(), tmp_path))
-    elsewhere = make_record(name="b", task="voc2012", miou=scores["b"], artefacts={"per_image": "b.npz"})
+    metric = {"name": "box mAP", "direction": "up", "unit": "%"}
+    detection = make_record(metric=metric, scores={"box mAP": 30.0})
+    with pytest.raises(ClipbenchError, match="box mAP depends on the order of all detections"):
+        bootstrap_records((detection, tmp_path), (detection, tmp_path))
+    elsewhere = make_record(name="b", task="voc2012", miou=scores["b"], artefacts=FILES["b"])
     with pytest.raises(ClipbenchError, match="different tasks"):
         bootstrap_records((a, tmp_path), (elsewhere, tmp_path))

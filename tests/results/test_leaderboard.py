@@ -251,6 +251,177 @@ def test_record_that_arrives_while_the_files_are_written_is_not_lost(
         assert "late" in path.read_text(encoding="utf-8")
 
 
+FAMILIES_OF_TASKS = {
+    "toy-seg": ("segmentation", "mIoU", "up", "%", 2),
+    "toy-det": ("detection", "box mAP", "up", "%", 2),
+    "toy-depth": ("depth", "AbsRel", "down", "", 4),
+    "toy-normals": ("normals", "mean error", "down", "°", 2),
+    "toy-cls": ("classification", "top-1", "up", "%", 2),
+    "toy-zeroshot": ("zeroshot", "top-1", "up", "%", 2),
+    "toy-retrieval": ("retrieval", "mean recall", "up", "%", 2),
+    "toy-zeroshot-seg": ("open-vocabulary", "mIoU", "up", "%", 2),
+}
+
+
+@pytest.fixture
+def make_result(make_record: Any) -> Any:
+    """(backbone, task, score, text tower?, …) → record of a toy task of any family."""
+
+    def make(name: str, task: str, value: float, text: bool = False, **settings: Any) -> Any:
+        family, metric, direction, unit, digits = FAMILIES_OF_TASKS[task]
+        return make_record(
+            name=name,
+            task=task,
+            needs_text=family in ("zeroshot", "retrieval", "open-vocabulary"),
+            backbone={"text": text},
+            protocol={"family": family},
+            metric={"name": metric, "direction": direction, "unit": unit, "digits": digits},
+            scores={metric: value},
+            **settings,
+        )
+
+    return make
+
+
+def test_columns_stand_in_the_order_of_families_with_their_own_digits(make_result: Any) -> None:
+    records = [make_result(name, task, 1.23456) for task in sorted(FAMILIES_OF_TASKS) for name in "ab"]
+    records += [make_result("a", "toy-seg", 2.0, head="deeplabv3"), make_result("a", "toy-seg", 2.0, mode="finetune")]
+    columns = build_leaderboard(records).main.columns
+    labels = [(column.task, column.label) for column in columns]
+    assert list(dict.fromkeys(task for task, _ in labels)) == list(FAMILIES_OF_TASKS)
+    assert labels[:3] == [("toy-seg", "deeplabv3"), ("toy-seg", "linear"), ("toy-seg", "linear, finetune")]
+    texts = {column.task: (column.cells["a"].text, column.measure) for column in columns}
+    assert texts["toy-depth"] == ("1.2346", "AbsRel ↓")
+    assert texts["toy-normals"] == ("1.23", "mean error ↓ (°)")
+    assert texts["toy-retrieval"] == ("1.23", "mean recall ↑ (%)")
+
+
+def test_a_family_that_is_not_listed_comes_last(make_record: Any, make_result: Any) -> None:
+    records = [make_record(task="ade20k", protocol={"family": "counting"}), make_result("a", "toy-zeroshot-seg", 1.0)]
+    columns = build_leaderboard(records).main.columns
+    assert [column.title for column in columns] == ["Open-vocabulary segmentation", "counting"]
+    assert build_leaderboard([make_record()]).main.columns[0].title == "Other tasks"
+
+
+def test_what_a_backbone_cannot_do_is_told_from_what_was_not_done(make_result: Any) -> None:
+    board = build_leaderboard(
+        [
+            make_result("two-tower", "toy-zeroshot", 50.0, text=True),
+            make_result("two-tower", "toy-seg", 40.0, text=True),
+            make_result("another two-tower", "toy-seg", 30.0, text=True),
+            make_result("one-tower", "toy-depth", 0.1),
+        ]
+    )
+    assert board.one_tower == {"one-tower"}
+    shown = {
+        (column.task, name): column.cells[name].text if name in column.cells else board.empty(column, name)
+        for column in board.main.columns
+        for name in board.main.backbones
+    }
+    assert shown["toy-zeroshot", "one-tower"] == "n/a"
+    assert shown["toy-zeroshot", "another two-tower"] == "–"
+    assert shown["toy-seg", "one-tower"] == "–"
+    assert shown["toy-depth", "two-tower"] == "–"
+    assert "| `one-tower` | – | 0.1000 | n/a |" in to_markdown(board)
+    _, *rows = csv.reader(io.StringIO(to_csv(board)))
+    assert [row[2:] for row in rows if row[0] == "one-tower"] == [["", "0.1", "n/a"]]
+    data = to_dict(board)["tables"][0]
+    assert [column["not_applicable"] for column in data["columns"]] == [[], [], ["one-tower"]]
+    assert {row["name"]: row["text"] for row in data["backbones"]} == {
+        "two-tower": True,
+        "another two-tower": True,
+        "one-tower": False,
+    }
+
+
+def test_name_that_got_a_text_tower_counts_as_its_newest_record(make_result: Any) -> None:
+    records = [make_result("mine", "toy-seg", 1.0), make_result("mine", "toy-depth", 1.0, text=True)]
+    assert build_leaderboard(records).one_tower == frozenset()
+    assert build_leaderboard(records[:1]).one_tower == {"mine"}
+
+
+def test_ranks_do_not_count_what_a_backbone_cannot_do(make_result: Any) -> None:
+    """The one-tower backbone is better wherever it can be compared; its n/a columns cost it nothing."""
+    board = build_leaderboard(
+        [
+            *(make_result("one-tower", task, 50.0) for task in ("toy-seg", "toy-cls")),
+            *(make_result("two-tower", task, 40.0, text=True) for task in ("toy-seg", "toy-cls", "toy-zeroshot")),
+            make_result("a weak two-tower", "toy-zeroshot", 10.0, text=True),
+            make_result("floor", "toy-seg", 90.0, origin="random"),
+        ]
+    )
+    # Mean ranks: (2 + 1) / 2; (3 + 2 + 1) / 3; 2, with fewer columns; floors last whatever they score.
+    assert board.main.backbones == ("one-tower", "two-tower", "a weak two-tower", "floor")
+
+
+def test_notes_of_records_become_footnotes(make_result: Any) -> None:
+    """What is said of every row is said once, of the column."""
+    everywhere = "7 captions occur more than once"
+    board = build_leaderboard(
+        [
+            make_result("a", "toy-retrieval", 1.0, text=True, notes=(everywhere,)),
+            make_result("b", "toy-retrieval", 2.0, text=True, notes=(everywhere, "3 captions were cut at 77 tokens.")),
+        ]
+    )
+    assert footnotes_of(board, board.main, 0) == ["toy-retrieval: 7 captions occur more than once."]
+    assert footnotes_of(board, board.main, 0, "a") == []
+    assert footnotes_of(board, board.main, 0, "b") == ["b, toy-retrieval · linear: 3 captions were cut at 77 tokens."]
+    assert "<sup>1</sup> toy-retrieval: 7 captions" in to_markdown(board)
+
+
+def _tables(markdown: str) -> list[list[list[str]]]:
+    """Cells of the tables before the protocols."""
+    tables: list[list[list[str]]] = [[]]
+    for line in markdown.split("## Protocols")[0].splitlines():
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif tables[-1]:
+            tables.append([])
+    return [table for table in tables if table]
+
+
+def test_many_columns_of_few_backbones_become_lines(make_result: Any) -> None:
+    records = [
+        make_result(name, task, value + index)
+        for index, task in enumerate(list(FAMILIES_OF_TASKS)[:5])
+        for name, value in (("worse", 1.0), ("better", 2.0))
+    ]
+    records += [make_result("two", task, 7.0, text=True) for task in ("toy-zeroshot", "toy-retrieval", "toy-seg")]
+    (table,) = _tables(to_markdown(build_leaderboard(records)))
+    assert table[0][0] == "backbone"  # seven columns can be read
+
+    records += [make_result("two", "toy-seg", 7.0, text=True, head=head) for head in ("pspnet", "deeplabv3")]
+    (table,) = _tables(to_markdown(build_leaderboard(records)))
+    header, _, *rows = table
+    assert header == ["task", "head", "metric", "`two`", "`better`", "`worse`", "protocol"]
+    assert [row[:-1] for row in rows[:4]] == [
+        ["toy-seg", "deeplabv3", "mIoU ↑ (%)", "7.00", "–", "–"],
+        ["toy-seg", "linear", "mIoU ↑ (%)", "**7.00**", "2.00", "1.00"],
+        ["toy-seg", "pspnet", "mIoU ↑ (%)", "7.00", "–", "–"],
+        ["toy-det", "linear", "box mAP ↑ (%)", "–", "**3.00**", "2.00"],
+    ]
+    assert rows[-1][:-1] == ["toy-retrieval", "linear", "mean recall ↑ (%)", "7.00", "n/a", "n/a"]
+    assert len(rows) == 9
+
+
+def test_many_columns_of_many_backbones_become_a_table_a_family(make_result: Any) -> None:
+    records = [
+        make_result(f"b{number:02d}", task, float(number), text=number < 2, head=head)
+        for number in range(12)
+        for task in list(FAMILIES_OF_TASKS)[: 6 if number < 2 else 5]
+        for head in ("linear", "mlp")
+    ]
+    text = to_markdown(build_leaderboard(records))
+    tables = _tables(text)
+    assert [len(table[0]) for table in tables] == [3] * 6
+    assert [len(table) - 2 for table in tables] == [12] * 5 + [2]
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:3] == ["## Segmentation", "## Detection", "## Depth"]
+    absent = [line for line in text.splitlines() if line.startswith("n/a: ")]
+    assert len(absent) == 1
+    assert absent[0].count("`b") == 10
+
+
 @pytest.fixture
 def mixed(make_record: Any) -> list[Any]:
     return [
@@ -304,7 +475,7 @@ def test_json(mixed: list[Any]) -> None:
     data = json.loads(json.dumps(to_dict(build_leaderboard(mixed)), allow_nan=False))
     main, other = data["tables"]
     assert (main["main"], other["main"]) == (True, False)
-    assert main["backbones"][-1] == {"name": "random-vitb16", "floor": True}
+    assert main["backbones"][-1] == {"name": "random-vitb16", "floor": True, "text": False}
     assert other["columns"][0]["differs_from_main"] == [{"path": "steps", "a": 40_000, "b": 60}]
     assert other["columns"][0]["protocol"]["steps"] == 60
     best = [cell["backbone"] for cell in main["columns"][0]["cells"] if cell["best"]]

@@ -18,8 +18,8 @@ from clipbench.results import (
     PerImageWriter,
     Record,
     load_per_image,
-    miou_from_per_image,
     segmentation_rows,
+    summable,
     write_record,
 )
 
@@ -172,6 +172,49 @@ def test_terminal_table(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[40].count("backbone") == 3
 
 
+def test_terminal_shows_many_columns_in_one_table(make_record: Any) -> None:
+    """Few backbones, many columns: a line a column, down to 100 characters; narrower, or with many more backbones, a
+    table a family. Nothing is ever cut."""
+    from rich.console import Console
+
+    from clipbench.cli.leaderboard import print_board
+    from clipbench.results import build_leaderboard
+
+    def text_of(backbones: int, width: int) -> str:
+        records = [
+            make_record(
+                name=f"timm:vit_base_patch16_clip_224.model{number}",
+                task=task,
+                head=head,
+                miou=10.0 + number,
+                needs_text=task == "toy-zeroshot",
+                backbone={"text": number == 0},
+                protocol={"family": family},
+            )
+            for task, family in (("toy-seg", "segmentation"), ("toy-depth", "depth"), ("toy-zeroshot", "zeroshot"))
+            for head in ("linear", "deeplabv3", "pspnet")
+            for number in range(backbones if task != "toy-zeroshot" else 1)
+        ]
+        console = Console(width=width, record=True, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+        print_board(build_leaderboard(records), console)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        return text
+
+    long = text_of(4, 100)
+    assert long.count(" head ") == 1
+    (line,) = [line for line in long.splitlines() if line.strip().startswith("toy-zeroshot")]
+    assert line.split()[5:9] == ["n/a", "n/a", "10.00", "n/a"]
+    assert "patch16_" in [part for part in long.split() if "clip" not in part]  # names are folded at their marks
+    for backbones, width in ((4, 72), (20, 120)):
+        split = text_of(backbones, width)
+        for title in ("Segmentation", "Depth", "Zero-shot classification"):
+            assert f"\n{title}" in split
+        assert "n/a: timm:vit_base_patch16_clip_224.model" in split
+        assert split.count(f"{9 + backbones}.00") >= 6
+
+
 def _run_with_images(folder: Path, make_record: Any, name: str, skill: float, **settings: Any) -> Record:
     path = folder / "per_image" / "ade20k" / f"{name}.npz"
     rng = np.random.default_rng(0)
@@ -179,9 +222,9 @@ def _run_with_images(folder: Path, make_record: Any, name: str, skill: float, **
         for index in range(50):
             right = (1000 * np.clip(rng.uniform(0.2, 0.7, 4) + skill, 0, 1)).astype(np.int64)
             writer.add(str(index), **segmentation_rows(right, right, np.full(4, 1000)))
-    miou = miou_from_per_image(load_per_image(path))
+    scores = summable(load_per_image(path)).all_images()
     artefacts = {"per_image": path.relative_to(folder).as_posix()}
-    record = make_record(name=name, miou=miou, artefacts=artefacts, **settings)
+    record = make_record(name=name, scores=scores, artefacts=artefacts, **settings)
     write_record(folder, record)
     return record
 
@@ -193,8 +236,11 @@ def test_diff_shows_settings_and_interval(run: Run, make_record: Any, tmp_path: 
     assert status == 0
     data = json.loads(out)
     assert {"path": "protocol.steps", "a": 40_000, "b": 60} in data["differences"]
-    assert data["bootstrap"]["significant"]
-    assert data["bootstrap"]["low"] < data["bootstrap"]["difference"] < data["bootstrap"]["high"]
+    interval = data["intervals"]["mIoU"]
+    assert interval["significant"]
+    assert interval["low"] < interval["difference"] < interval["high"]
+    assert set(data["intervals"]) == {"mIoU", "mAcc", "aAcc"}
+    assert data["no_interval"] is None
     assert data["scores"]["mIoU"] == {"a": a.value, "b": b.value}
 
     path = tmp_path / "records" / "ade20k" / f"{a.stem}.json"
@@ -203,6 +249,54 @@ def test_diff_shows_settings_and_interval(run: Run, make_record: Any, tmp_path: 
     assert "95 % interval +0.00 to +0.00 over 50 images" in " ".join(out.split())
     assert "the two are tied" in " ".join(out.split())
     assert "No setting differs." in out
+
+
+def test_diff_of_errors_and_of_scores_that_are_no_sums(run: Run, make_record: Any, tmp_path: Path) -> None:
+    """Lower is better, another unit, and a main metric without an interval beside others with one."""
+    rng = np.random.default_rng(0)
+    pixels = np.full(60, 1000)
+    stems = {}
+    for name, error in (("a", 20.0), ("b", 15.0)):
+        angles = error + rng.normal(0, 1, (60, 1000))
+        columns = {
+            "pixels": pixels,
+            "angle_sum": angles.sum(1),
+            "angle_sq_sum": (angles**2).sum(1),
+            "below": np.stack([(angles < limit).sum(1) for limit in (5, 7.5, 11.25, 22.5, 30)], 1),
+        }
+        with PerImageWriter(tmp_path / f"{name}.npz") as writer:
+            writer.extend([f"{index:03d}" for index in range(60)], columns)
+        scores = {
+            "mean error": float(angles.mean()),
+            "median error": float(np.median(angles)),
+            "<11.25°": float(100 * (angles < 11.25).mean()),
+        }
+        for head, metric in (("linear", "mean error"), ("dpt", "median error")):
+            record = make_record(
+                name=name,
+                head=head,
+                task="nyuv2-normals",
+                metric={"name": metric, "direction": "down", "unit": "°"},
+                scores=scores,
+                artefacts={"per_image": f"{name}.npz"},
+            )
+            write_record(tmp_path, record)
+            stems[name, head] = record.stem
+    _, out, _ = run("diff", stems["a", "linear"], stems["b", "linear"], "--results", tmp_path)
+    text = " ".join(out.split())
+    assert "mean error, b − a: -" in text
+    assert " °, 95 % interval -" in text
+    assert "b is better on such images" in text
+    _, out, _ = run("diff", stems["b", "linear"], stems["a", "linear"], "--results", tmp_path)
+    assert "a is better on such images" in " ".join(out.split())
+    _, out, _ = run("diff", stems["a", "dpt"], stems["b", "dpt"], "--results", tmp_path)
+    assert "No interval: median error: a median over all pixels is not a sum over images." in " ".join(out.split())
+    (row,) = [line for line in out.splitlines() if "<11.25°" in line]
+    assert " to " in row  # the others have theirs
+    _, out, _ = run("diff", stems["a", "dpt"], stems["b", "dpt"], "--results", tmp_path, "--json")
+    data = json.loads(out)
+    assert "median" in data["no_interval"]
+    assert set(data["intervals"]) == {"mean error", "<11.25°"}
 
 
 def test_diff_without_per_image_files_says_why(run: Run, make_record: Any, tmp_path: Path) -> None:

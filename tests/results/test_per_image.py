@@ -14,7 +14,14 @@ import torch
 
 from clipbench.errors import ClipbenchError
 from clipbench.metrics import ConfusionMetric
-from clipbench.results import PerImageWriter, load_per_image, merge_parts, miou_from_per_image, segmentation_rows
+from clipbench.results import (
+    SEGMENTATION,
+    PerImageWriter,
+    load_per_image,
+    merge_parts,
+    miou_from_per_image,
+    segmentation_rows,
+)
 
 Counts = dict[str, np.ndarray[Any, Any]]
 
@@ -34,7 +41,7 @@ def _evaluate(metric: ConfusionMetric, images: int, seed: int) -> Counts:
 
 
 def _write(path: Path, counts: Counts, part: int = 0, parts: int = 1) -> None:
-    with PerImageWriter(path, part=part, parts=parts) as writer:
+    with PerImageWriter(path, SEGMENTATION, part, parts) as writer:
         for image_id in list(counts)[part::parts]:
             writer.add(image_id, **segmentation_rows(*counts[image_id]))
 
@@ -74,12 +81,13 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
 def test_images_without_labels_and_empty_parts(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     nothing = np.zeros(5, np.int64)
-    with PerImageWriter(path, part=0, parts=2) as writer:
+    with PerImageWriter(path, SEGMENTATION, part=0, parts=2) as writer:
         writer.add("b", **segmentation_rows(nothing, nothing, nothing))
         writer.add("a", class_id=3, intersection=1, predicted=2, labelled=1)
     with PerImageWriter(path, part=1, parts=2):
         pass
-    store = load_per_image(merge_parts(path, 2))
+    assert merge_parts(path, 2)
+    store = load_per_image(path)
     assert store.ids == ("a", "b")
     np.testing.assert_array_equal(store.image, [0])
     assert miou_from_per_image(store) == 50.0
@@ -96,6 +104,97 @@ def test_other_metrics_bring_their_own_columns(tmp_path: Path) -> None:
     np.testing.assert_array_equal(store.columns["pixels"], [7, 300_000])
     with pytest.raises(ValueError, match="not a store of segmentation"):
         miou_from_per_image(store)
+
+
+def _mixed_columns(images: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "pixels": rng.integers(0, 1 << 40, images),
+        "angle_sum": rng.normal(size=images),
+        "rank": rng.integers(0, 9, images).astype(np.int32),
+        "below": rng.integers(0, 99, (images, 5)),
+    }
+
+
+def test_many_images_at_once_are_many_single_ones(tmp_path: Path) -> None:
+    """Numbers and rows of fixed length: the same bytes however the images come, and from however many processes."""
+    names = [f"val/{index:03d}.jpg" for index in range(20)]
+    columns = _mixed_columns(20)
+    kinds = {"pixels": "int64", "angle_sum": "float64", "rank": "int32", "below": "(5,)int64"}
+    with PerImageWriter(tmp_path / "one.npz", kinds) as writer:
+        for index, name in enumerate(names):
+            writer.add(name, **{key: values[index] for key, values in columns.items()})
+    with PerImageWriter(tmp_path / "all.npz") as writer:
+        writer.extend(names, columns)
+    for part in range(3):
+        with PerImageWriter(tmp_path / "parts.npz", part=part, parts=3) as writer:
+            for first in range(part, 20, 6) if part < 2 else ():  # the third process had no image
+                chosen = [index for index in (first, first + 2, first + 4) if index < 20]
+                writer.extend([names[i] for i in chosen], {key: values[chosen] for key, values in columns.items()})
+    assert merge_parts(tmp_path / "parts.npz", 3)
+    store = load_per_image(tmp_path / "all.npz")
+    assert store.ids == tuple(names)
+    np.testing.assert_array_equal(store.image, np.arange(20))
+    for key, values in columns.items():
+        np.testing.assert_array_equal(store.columns[key], values)
+        assert store.columns[key].dtype == values.dtype
+    expected = (tmp_path / "one.npz").read_bytes()
+    assert (tmp_path / "all.npz").read_bytes() == expected
+    assert (tmp_path / "parts.npz").read_bytes() == expected
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_ragged_rows_at_once(tmp_path: Path) -> None:
+    """Segmentation: each image brings as many rows as classes; also one image alone, and one without any."""
+    counts = _evaluate(ConfusionMetric(30), images=9, seed=2)
+    counts["empty"] = np.zeros((3, 30), np.int64)
+    _write(tmp_path / "one.npz", counts)
+    with PerImageWriter(tmp_path / "all.npz") as writer:
+        for names in (list(counts)[:1], list(counts)[1:]):
+            rows = [segmentation_rows(*counts[name]) for name in names]
+            writer.extend(names, {key: [row[key] for row in rows] for key in rows[0]})
+    assert (tmp_path / "all.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
+def test_metric_without_columns_leaves_no_store(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    writer = PerImageWriter(path)
+    writer.extend(["a", "b"], {})
+    assert not writer.close()
+    for part in range(2):
+        writer = PerImageWriter(path, part=part, parts=2)
+        writer.extend([str(part)], {})
+        writer.close()
+    assert not merge_parts(path, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"rank": [1], "below": np.zeros((2, 5))}, "'rank' has 1 rows for 2 images"),
+        ({"rank": [1, 2]}, r"columns are \['below', 'rank'\], got \['rank'\]"),
+        ({"rank": [1, 2], "below": np.zeros((2, 4))}, r"'below' of a: rows have the shape \(5,\), got \(4,\)"),
+        ({"rank": [1, 2.5], "below": np.zeros((2, 5))}, "a and others: column 'rank': 2.5 does not fit int32"),
+        ({"rank": [1, 2], "below": [np.zeros(5), np.zeros(5)]}, "either all columns are lists of rows or none"),
+    ],
+)
+def test_refuses_rows_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
+    with PerImageWriter(tmp_path / "x.npz", {"rank": "int32", "below": "(5,)int64"}) as writer:
+        with pytest.raises(ValueError, match=says):
+            writer.extend(["a", "b"], columns)
+        with pytest.raises(ValueError, match="newline"):
+            writer.extend(["a", "b\nc"], {"rank": [1, 2], "below": np.zeros((2, 5))})
+        with pytest.raises(ValueError, match="needs an integer or float type"):
+            PerImageWriter(tmp_path / "y.npz").extend(["a"], {"right": np.array([True])})
+
+
+def test_parts_with_different_columns_are_refused(tmp_path: Path) -> None:
+    for part, width in enumerate((5, 6)):
+        with PerImageWriter(tmp_path / "x.npz", part=part, parts=2) as writer:
+            writer.extend([str(part)], {"rank_t2i": np.zeros((1, width), np.int32)})
+    with pytest.raises(ClipbenchError, match="different columns"):
+        merge_parts(tmp_path / "x.npz", 2)
 
 
 def test_memory_while_writing_does_not_grow(tmp_path: Path) -> None:
@@ -160,7 +259,10 @@ def test_parts_of_an_earlier_run_with_more_processes_do_not_count(tmp_path: Path
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"class_id": 70_000, "intersection": 1, "predicted": 1, "labelled": 1}, "'class_id' of a: .* uint16"),
+        (
+            {"class_id": 70_000, "intersection": 1, "predicted": 1, "labelled": 1},
+            "a: column 'class_id': 70000 does not fit uint16",
+        ),
         ({"class_id": 1, "intersection": 2**32, "predicted": 1, "labelled": 1}, "does not fit uint32"),
         ({"class_id": -1, "intersection": 1, "predicted": 1, "labelled": 1}, "does not fit uint16"),
         ({"class_id": 1, "intersection": 1.5, "predicted": 1, "labelled": 1}, "does not fit uint32"),
@@ -169,7 +271,7 @@ def test_parts_of_an_earlier_run_with_more_processes_do_not_count(tmp_path: Path
     ],
 )
 def test_refuses_values_that_do_not_fit(tmp_path: Path, columns: dict[str, Any], says: str) -> None:
-    writer = PerImageWriter(tmp_path / "x.npz")
+    writer = PerImageWriter(tmp_path / "x.npz", SEGMENTATION)
     with pytest.raises(ValueError, match=says):
         writer.add("a", **columns)
     with pytest.raises(ValueError, match="newline"):

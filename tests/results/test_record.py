@@ -34,10 +34,10 @@ def test_round_trip_keeps_everything(make_record: Any, tmp_path: Path) -> None:
         per_class={"wall": 71.25, "flag": None},
         selection={
             "trials": [
-                {"lr": 1e-3, "holdout": 46.1},
-                {"lr": 1.0, "holdout": None, "status": "diverged at step 12"},
+                {"settings": {"lr": 1e-3}, "holdout": 46.1},
+                {"settings": {"lr": 1.0}, "holdout": None, "status": "diverged at step 12"},
             ],
-            "chosen_lr": 1e-3,
+            "chosen": {"lr": 1e-3},
         },
         protocol={"crop_size": (512, 512), "tiny": 1e-30},
         artefacts={"per_image": "per_image/ade20k/x.npz"},
@@ -50,6 +50,29 @@ def test_round_trip_keeps_everything(make_record: Any, tmp_path: Path) -> None:
     assert list(json.loads(text)) == list(Record.model_fields)
     write_record(tmp_path, read_record(path))
     assert path.read_text(encoding="utf-8") == text  # stable bytes
+
+
+def test_settings_keep_their_types(make_record: Any, tmp_path: Path) -> None:
+    """1 and 1.0 are other settings: a count and a strength."""
+    settings = {"k": 20, "C": 1.0, "metric": "cosine", "tiny": 1e-30}
+    record = make_record(
+        selection={"trials": [{"settings": settings, "holdout": 1.0}], "chosen": settings},
+        backbone={"features": [{"name": "global", "channels": 768, "stride": None}], "text": True},
+        dataset={"n_train": 0, "n_holdout": 0},
+        needs_text=True,
+        joint=("nyuv2-normals",),
+        notes=("7 captions occur more than once",),
+    )
+    back = read_record(write_record(tmp_path, record))
+    assert back == record
+    assert back.selection is not None
+    assert {name: type(value) for name, value in back.selection.chosen.items()} == {
+        "k": int,
+        "C": float,
+        "metric": str,
+        "tiny": float,
+    }
+    assert back.backbone.features[0].stride is None
 
 
 def test_path_names_task_backbone_head_and_fingerprint(make_record: Any, tmp_path: Path) -> None:
@@ -108,7 +131,11 @@ def test_results_and_machine_stay_out_of_the_fingerprint(make_record: Any) -> No
         timings={"wall_s": 1.0},
         environment={"versions": {"torch": "9.9"}, "device": "NVIDIA H100"},
         artefacts={"log": "runs/x.log"},
-        backbone={"alias_file": "/home/x/registry.yaml"},
+        backbone={"alias_file": "/home/x/registry.yaml", "text": True},
+        needs_text=True,
+        joint=("nyuv2-normals",),
+        notes=("a note",),
+        selection={"trials": [{"settings": {"lr": 1e-3}}], "chosen": {"lr": 1e-3}},
     )
     assert same.fingerprint == base.fingerprint
     assert make_record(seed=1).fingerprint != base.fingerprint
@@ -121,6 +148,9 @@ def test_floor_follows_from_random_weights(make_record: Any) -> None:
     assert make_record(origin="random").backbone.floor
     assert not make_record(origin="pretrained").backbone.floor
     assert make_record(origin="checkpoint", backbone={"floor": True}).backbone.floor
+
+
+LR = {"lr": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +167,16 @@ def test_floor_follows_from_random_weights(make_record: Any) -> None:
         ({"artefacts": {"log": "../x.log"}}, "relative to the results folder"),
         ({"created": "2025-01-31T12:00:00"}, "time zone"),
         ({"fingerprint": "0" * 64}, "changed after the run"),
-        ({"selection": {"trials": [{"lr": 0.1, "status": "diverged at step 3"}], "chosen_lr": 0.1}}, "not among"),
-        ({"selection": {"trials": [{"lr": 0.1, "status": "bad"}], "chosen_lr": 0.1}}, "pattern"),
+        (
+            {"selection": {"trials": [{"settings": LR, "status": "diverged at step 3"}], "chosen": LR}},
+            "not among the finished",
+        ),
+        ({"selection": {"trials": [{"settings": LR}], "chosen": {"lr": 0.2}}}, "not among the finished"),
+        ({"selection": {"trials": [{"settings": LR}], "chosen": {}}}, "not among the finished"),
+        ({"selection": {"trials": [{"settings": LR, "status": "bad"}], "chosen": LR}}, "pattern"),
+        ({"selection": {"trials": [{"settings": {"flip": True}}], "chosen": {"flip": True}}}, "valid integer"),
+        ({"selection": {"trials": [{"settings": {"C": float("inf")}}], "chosen": {"C": 1.0}}}, "finite"),
+        ({"notes": [""]}, "at least 1 character"),
         ({"backbone": {"weights": {"origin": "random", "source": "", "sha256": "x"}}}, "pattern"),
     ],
 )
@@ -229,10 +267,12 @@ def test_unusable_files_are_all_named_at_once(make_record: Any, tmp_path: Path) 
     good = write_record(tmp_path, make_record())
     folder = good.parent
     newer = write_record(tmp_path, make_record(seed=1))
-    _edit(newer, schema_version=2, invented=True)
+    _edit(newer, schema_version=3, invented=True)
+    older = write_record(tmp_path, make_record(seed=3))
+    _edit(older, schema_version=1, selection={"trials": [{"lr": 0.1}], "chosen_lr": 0.1})
     edited = write_record(tmp_path, make_record(seed=2))
     _edit(edited, protocol={"steps": 1})
-    (folder / "torn.json").write_text('{"schema_version": 1, "ba', encoding="utf-8")
+    (folder / "torn.json").write_text('{"schema_version": 2, "ba', encoding="utf-8")
     (folder / "other.json").write_text("[1, 2]", encoding="utf-8")
     (folder / "binary.json").write_bytes(b"\xff\xfe\x00")
     (folder / "copy.json").write_bytes(good.read_bytes())
@@ -240,17 +280,19 @@ def test_unusable_files_are_all_named_at_once(make_record: Any, tmp_path: Path) 
     with pytest.raises(ClipbenchError) as caught:
         load_records(tmp_path)
     text = str(caught.value)
-    assert "6 files" in text
-    for name in (newer.name, edited.name, "torn.json", "other.json", "binary.json"):
+    assert "7 files" in text
+    for name in (newer.name, older.name, edited.name, "torn.json", "other.json", "binary.json"):
         assert name in text
-    assert "newer clipbench (schema 2" in text
+    assert "newer clipbench (schema 3" in text
     assert "pip install --upgrade" in text
+    assert "older clipbench (schema 1" in text
+    assert "repeat the run: clipbench probe --backbone dinov2-vitb14" in text
     assert "changed after the run" in text
     assert "the same run as" in text
 
     problems: list[str] = []
     assert len(load_records(tmp_path, problems)) == 1
-    assert len(problems) == 6
+    assert len(problems) == 7
 
 
 def test_message_says_which_field_is_wrong_and_how_to_repeat(make_record: Any, tmp_path: Path) -> None:
