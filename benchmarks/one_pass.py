@@ -68,7 +68,7 @@ def sweep_against_singles(request: Any, scratch: Path) -> None:
     print(f"sum of the single runs: {singles:.1f} s")
     print(f"ratio sweep / sum of single runs: {sweep / singles:.2f}")
     for record in records:
-        lr = record.selection.chosen_lr
+        lr = record.selection.chosen["lr"]
         same = record.scores["mIoU"] == best[record.head][lr]
         print(f"  {record.head}: mIoU in the sweep equals the single run's at lr {lr:g}: {same}")
 
@@ -127,15 +127,15 @@ def against_mmseg(request: Any) -> tuple[float, list[float], float, list[float]]
     """Training time and loss curve of both sides, on the same stream of samples."""
     from clipbench.mmlab import log_to_file
     from clipbench.probing.plan import resolve
-    from clipbench.probing.run import _Run, pick_device
+    from clipbench.probing.run import Run, pick_device
     from clipbench.probing.screen import Screen
 
-    plan = resolve(request)
+    [plan] = resolve(request)
     device = pick_device(request.device)
     scratch = request.results
     scratch.mkdir(parents=True)
     with log_to_file(scratch / "log.txt"):
-        run = _Run(plan, Screen(silent=True), device, 0, scratch, resuming=False)
+        run = Run(plan, Screen(silent=True), device, 0, scratch, resuming=False)
         run.load_backbone()
         run.open_data()
         ours = run.train_pass(0, plan.trials).seconds
@@ -176,15 +176,12 @@ def train_with_mmseg(plan: Any, run: Any, device: torch.device, work_dir: Path) 
     from torch.utils.data import DataLoader
 
     from clipbench.data.stream import PositionSampler, TrainingStream
-    from clipbench.probing import segmentation
     from clipbench.probing.runner import schedule
 
-    config, trial = plan.config, plan.trials[0]
+    config, trial = plan.lead.config, plan.trials[0]
     size = config.image_size
     backbone = run.fresh_backbone()
-    head = segmentation.build_head(
-        config.heads[trial.head], backbone, config.layer, len(run.classes), f"{plan.request.seed}/{trial.head}"
-    )
+    head = run.family.build_head(trial.head, backbone, dict(trial.settings), f"{plan.request.seed}/{trial.head}")
     MODELS.register_module(module=FrozenBackbone, force=True)
     model = MODELS.build(
         {
@@ -202,7 +199,7 @@ def train_with_mmseg(plan: Any, run: Any, device: torch.device, work_dir: Path) 
             "decode_head": {
                 **config.heads[trial.head],
                 "in_channels": backbone.output.maps[config.layer].channels,
-                "num_classes": len(run.classes),
+                "num_classes": len(run.data.classes),
             },
         }
     )
@@ -210,7 +207,7 @@ def train_with_mmseg(plan: Any, run: Any, device: torch.device, work_dir: Path) 
     model.decode_head.load_state_dict(head.state_dict())  # the other side's initial parameters,
     model.init_weights = lambda: None  # which the Runner must keep
 
-    dataset = run.train_set
+    dataset = run.data.train
     stream = TrainingStream(dataset, plan.request.seed, lambda i, e: str(e))
     loader = DataLoader(
         stream,

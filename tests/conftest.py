@@ -16,6 +16,7 @@ import pytest
 def _own_folder(tmp_path, monkeypatch):
     """Tests run in a folder of their own, so that no ./registry.yaml or ./probes of a checkout takes part."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIPBENCH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

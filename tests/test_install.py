@@ -82,7 +82,13 @@ def test_wheel_holds_the_package_and_what_ships_and_nothing_else(wheel):
     assert len(shipped_sources()) >= 2  # the registry and at least one recipe
     assert all(name.startswith("clipbench/") or ".dist-info/" in name for name in names)
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
-    assert {Path(name).suffix for name in names if name.startswith("clipbench/")} <= {".py", ".yaml", ".sh", ".typed"}
+    assert {Path(name).suffix for name in names if name.startswith("clipbench/")} <= {
+        ".py",
+        ".yaml",
+        ".sh",
+        ".txt",
+        ".typed",
+    }
     code = {str(f.relative_to(ROOT)) for f in (ROOT / "clipbench").rglob("*.py")}
     assert code <= set(names)
 

@@ -12,6 +12,7 @@ from clipbench import __version__
 from clipbench.cli.common import print_error
 from clipbench.cli.data import app as data
 from clipbench.cli.demo import demo
+from clipbench.cli.evaluate import evaluate
 from clipbench.cli.leaderboard import diff, leaderboard
 from clipbench.cli.list_ import list_
 from clipbench.cli.probe import probe
@@ -45,6 +46,7 @@ def _root(
 
 
 app.command("probe")(probe)
+app.command("evaluate")(evaluate)
 app.command("demo")(demo)
 app.command("list")(list_)
 app.command("show")(show)

@@ -43,9 +43,9 @@ def list_(
 
         tasks = None
         if kind == "suites":  # the only kind that names tasks; the others need not read the recipes
-            from clipbench.probing.recipes import catalogue
+            from clipbench.probing.recipes import task_names
 
-            tasks = {recipe.name for recipe in catalogue()}
+            tasks = set(task_names())
         rows = _KINDS[kind](load_registry(registry, tasks=tasks))
         columns = _COLUMNS[kind]
         if glob is not None:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clipbench.cli.common import JsonOption, RegistryOption, print_json
-from clipbench.errors import UsageError
+from clipbench.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from clipbench.probing.plan import ProbeRequest
 
 
 def probe(
     backbone: Annotated[
-        str, typer.Option("--backbone", "-b", help="Alias of registry.yaml, or a source such as timm:NAME.TAG.")
+        str,
+        typer.Option(
+            "--backbone",
+            "-b",
+            help="Aliases of registry.yaml (globs allowed) or sources such as timm:NAME.TAG, commas.",
+        ),
     ],
-    task: Annotated[str, typer.Option("--task", "-t", help="Task; all of them: clipbench list tasks.")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Tasks, suites or globs, comma-separated: clipbench list tasks|suites.")
+    ],
     head: Annotated[
         str | None, typer.Option("--head", help="Heads, comma-separated. Default: all of the task's.")
     ] = None,
@@ -32,6 +43,12 @@ def probe(
     image_size: Annotated[int | None, typer.Option("--image-size", help="Training crop and window, pixels.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides initialisation, order and augmentation.")] = 0,
     evaluation: Annotated[str | None, typer.Option("--eval", help="slide or whole. Default: the recipe's.")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Zero-shot: file of class names, one a line, or a known list.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option("--templates", help="Zero-shot: file of prompts with {}, one a line, or a known list.")
+    ] = None,
     precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     overrides: Annotated[
@@ -47,6 +64,17 @@ def probe(
         bool, typer.Option("--skip-corrupt", help="Leave unreadable files out (counted in the record).")
     ] = False,
     nproc: Annotated[int, typer.Option("--nproc", help="Processes on this machine (GPUs).")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Rows of a grid at once on this machine.")] = 1,
+    launcher: Annotated[
+        str, typer.Option("--launcher", help="none, local or slurm: where a grid's rows run.")
+    ] = "none",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option("--slurm", metavar="KEY=VALUE", help="submitit parameter (slurm_partition=gpu); repeatable."),
+    ] = None,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Run the finished rows of a grid again instead of skipping them.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; load no weights.")
     ] = False,
@@ -63,9 +91,22 @@ def probe(
       clipbench probe --backbone dinov2-vitb14 --task ade20k --head linear
 
       clipbench probe -b timm:resnet50.a1_in1k -t voc2012 --head pspnet --lr 1e-3 --steps 20000
+
+    Several backbones or tasks make a grid: finished rows are skipped, and one that fails stops no other.
+
+      clipbench probe -b clip-vitb16,cliptex-vitb16,'dinov*' -t cliptex --launcher slurm --slurm slurm_partition=gpu
+
+      clipbench probe -b clip-vitb16 -t nyuv2-depth,nyuv2-normals
     """
+    from clipbench.probing.grid import LAUNCHERS, is_grid
     from clipbench.probing.plan import ProbeRequest
     from clipbench.probing.recipes import parse_set
+    from clipbench.registry import load_registry
+
+    if launcher not in LAUNCHERS:
+        raise UnknownNameError("launcher", launcher, LAUNCHERS)
+    if jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {jobs}")
 
     request = ProbeRequest(
         backbone=backbone,
@@ -78,6 +119,8 @@ def probe(
         batch_size=batch_size,
         image_size=image_size,
         evaluation=evaluation,
+        classes=classes,
+        templates=templates,
         seed=seed,
         precision=precision,
         device=device,
@@ -89,12 +132,21 @@ def probe(
         nproc=nproc,
         command=_command(),
     )
+    if is_grid(request, load_registry(registry)) or launcher != "none" or jobs > 1:
+        _grid(replace(request, skip_finished=not rerun), jobs, launcher, slurm, dry_run, as_json)
+        return
+    if slurm:
+        raise UsageError("--slurm goes with --launcher slurm")
     if dry_run:
         from clipbench.probing.plan import resolve
-        from clipbench.probing.summary import describe_plan, print_plan
+        from clipbench.probing.summary import describe_plans, print_plan
 
-        description = describe_plan(resolve(request))
-        print_json(description) if as_json else print_plan(description)
+        descriptions = describe_plans(resolve(request))
+        if as_json:
+            print_json(descriptions)
+        else:
+            for description in descriptions:
+                print_plan(description)
         return
 
     from clipbench.probing.launch import launch, under_launcher
@@ -118,6 +170,45 @@ def probe(
         print_json([record.model_dump(mode="json") for record in records])
     else:
         print_records(records, results)
+
+
+def _grid(
+    request: ProbeRequest, jobs: int, launcher: str, slurm: list[str] | None, dry_run: bool, as_json: bool
+) -> None:
+    """Several backbones or tasks: a table of what became of each; exit status 1 where one failed."""
+    from clipbench.probing.grid import check_paths, rows, run_rows
+    from clipbench.probing.recipes import parse_set
+    from clipbench.probing.screen import Screen
+    from clipbench.probing.summary import print_outcomes
+
+    if slurm and launcher != "slurm":
+        raise UsageError("--slurm goes with --launcher slurm")
+    requests = rows(request)
+    if dry_run:
+        if as_json:
+            print_json([{"backbone": one.backbone, "task": one.task} for one in requests])
+        else:
+            for one in requests:
+                typer.echo(f"{one.backbone}  {one.task}")
+        return
+    check_paths(request.results)
+    screen = Screen(quiet=as_json)
+    outcomes = run_rows(
+        requests,
+        screen,
+        jobs=jobs,
+        launcher=launcher,  # type: ignore[arg-type]  # checked above
+        cluster=parse_set(slurm or [], "--slurm", "slurm_partition=gpu"),
+        on_outcome=lambda one: screen.note(f"{one.state}: {one.backbone}, {one.task} ({one.seconds:.0f} s)"),
+    )
+    if as_json:
+        print_json([outcome.to_dict() for outcome in outcomes])
+    else:
+        print_outcomes(outcomes, request.results)
+    if any(outcome.state == "stopped" for outcome in outcomes):
+        raise typer.Exit(130)
+    if any(outcome.state == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -111,9 +111,8 @@ def _source_as_seen_from(registry_file: Path, source: Source) -> Source:
         behind = source.architecture and _source_as_seen_from(registry_file, source.architecture)
         name = _as_seen_from(registry_file, Path(source.name))
         return dataclasses.replace(source, name=name, architecture=behind)
-    if source.is_folder:
-        name = _as_seen_from(registry_file, Path(source.name))
-        return dataclasses.replace(source, name=name if name[0] in "./" else f"./{name}")
+    if source.folder is not None:
+        return source.with_folder(_as_seen_from(registry_file, Path(source.folder)))
     return source
 
 

@@ -52,21 +52,24 @@ def _look_up(name: str, registry_file: Any) -> dict[str, Facts]:
     Raises:
         UnknownNameError: Nothing has that name, in any kind.
     """
-    from clipbench.probing.recipes import catalogue
+    from clipbench.probing.recipes import catalogue, find_recipe, task_names
     from clipbench.registry import load_registry
 
     if ":" in name:
         return {"backbone": _backbone(load_registry(registry_file).backbone(name))}
     recipes = {recipe.name: recipe for recipe in catalogue()}
-    registry = load_registry(registry_file, tasks=recipes)
+    tasks = task_names()
+    if name in tasks:
+        recipes[name] = find_recipe(name)
+    registry = load_registry(registry_file, tasks=tasks)
     found: dict[str, Facts] = {}
     if name in registry.backbones:
         found["backbone"] = _backbone(registry.backbones[name])
     if name in registry.datasets:
         found["dataset"] = _dataset(registry.datasets[name])
     if name in recipes:
-        recipe = dataclasses.asdict(recipes[name])
-        found["task"] = {**recipe, "path": str(recipe["path"])}
+        recipe = recipes[name]
+        found["task"] = {**dataclasses.asdict(recipe), "metric": recipe.metric, "path": str(recipe.path)}
     if name in registry.experts:
         found["expert"] = _expert(registry.experts[name])
     if name in registry.suites:
@@ -146,6 +149,9 @@ def _print_backbone(console: Console, facts: Facts) -> None:
         pairs.append(("global feature", f"{output['global_dim']} wide"))
         joint = f"{output['joint_dim']} wide, image and text" if output["text"] else "none (no text tower)"
         pairs.append(("joint embedding", joint))
+        if output["text"]:
+            patches = ", ".join(output["patch_variants"]) or f"none: {output['no_patches']}"
+            pairs.append(("patch embeddings", patches))
     _print_facts(console, "backbone", entry["name"], pairs)
     if not facts["ready"]:
         _print_note(console, f"cannot be loaded yet: {entry['requires']}")

@@ -1,5 +1,1 @@
-"""Probe heads that OpenMMLab does not have. Importing this module registers them with mmseg."""
-
-from clipbench.heads.linear import LinearHead
-
-__all__ = ["LinearHead"]
+"""Probe heads that OpenMMLab does not have. Importing a module registers its heads with mmseg."""

@@ -32,15 +32,18 @@ def probe(request: ProbeRequest, screen: Screen | None = None, sheet: Prediction
     from clipbench.probing.plan import resolve
     from clipbench.probing.screen import Screen
 
-    plan = resolve(request)
+    plans = resolve(request)
 
     from clipbench import mmlab
 
-    mmlab.setup()
+    mmlab.setup(detection=any(plan.lead.recipe.family == "detection" for plan in plans))
 
     from clipbench.backbones import describe
-    from clipbench.probing.preflight import check_parts
+    from clipbench.probing.preflight import check_parts, join
     from clipbench.probing.run import execute
 
-    check_parts(plan, describe(plan.backbone).output)
-    return execute(plan, screen or Screen(silent=True), sheet)
+    description = describe(plans[0].backbone)
+    plans = tuple(join(plans))
+    for plan in plans:
+        check_parts(plan, description.output)
+    return [record for plan in plans for record in execute(plan, screen or Screen(silent=True), sheet)]

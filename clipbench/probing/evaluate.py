@@ -1,25 +1,24 @@
-"""Drives a metric over a data set: every image once, whatever the number of processes."""
+"""Drives metrics over a data set: every image once, whatever the number of processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from clipbench.data.stream import CorruptDataError
 from clipbench.errors import ClipbenchError
-from clipbench.metrics import ConfusionMetric
-from clipbench.probing import segmentation
+from clipbench.probing.families.base import BoundHead, Columns, Family
+from clipbench.probing.features import FeatureSource, OncePerBatch
 from clipbench.probing.model import SweepModel
-from clipbench.probing.processes import anywhere, gather
+from clipbench.processes import anywhere, gather
 
-# Called with (trial key, target, (H, W) predicted classes, (3, C) counts of `ConfusionMetric.process`) for each image.
-Observer = Callable[[str, segmentation.Target, Tensor, Tensor], None]
+# Called with (trial key, targets, predictions, per-image columns of the metric).
+Observer = Callable[[str, Sequence[Any], Any, Columns], None]
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Timing:
     Attributes:
         data: Waiting for the loader.
         inference: Backbone, heads and resizing.
-        metric: Counting.
+        metric: Scoring.
         images: Images evaluated by this process.
     """
 
@@ -49,13 +48,15 @@ class Evaluation:
 
     Attributes:
         scores: By trial key: the metric's scores.
-        per_class: By trial key: score of each class, None where it does not appear.
+        per_class: By trial key: main score of each class, None where it does not appear; None without classes.
+        late_rows: By trial key: (names, columns) of images that only the whole set could score, this process's share.
         timing: Of this process.
         skipped: Files that could not be read, with the reason.
     """
 
     scores: dict[str, dict[str, float]]
-    per_class: dict[str, list[float | None]]
+    per_class: dict[str, dict[str, float | None] | None]
+    late_rows: dict[str, tuple[Sequence[str], Columns]]
     timing: Timing
     skipped: list[str] = field(default_factory=list)
 
@@ -63,66 +64,63 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     model: SweepModel,
-    heads: Mapping[str, nn.Module],
+    source: FeatureSource,
+    heads: Mapping[Family, Mapping[str, BoundHead]],
     loader: DataLoader[Any],
-    num_classes: int,
-    inference: segmentation.Inference,
     *,
     where: str,
     device: torch.device,
     skip_corrupt: bool = False,
     observer: Observer | None = None,
-    on_image: Callable[[], None] = lambda: None,
+    on_images: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Segmentation scores of several heads from one backbone pass an image.
+    """Scores of several heads from one backbone pass an image.
 
     Args:
-        model: For its features, preprocessing and precision.
-        heads: The heads to score, by trial key.
+        model: For its preprocessing and precision.
+        source: Where features come from.
+        heads: The heads to score, by family and trial key.
         loader: Over an `EvaluationStream` with this process's share of the images.
-        num_classes: Of the data set.
-        inference: How images are cut.
         where: Names the split in errors.
         device: Where the model is.
         skip_corrupt: Leave unreadable images out instead of stopping.
         observer: Sees each prediction.
-        on_image: Called after each image.
+        on_images: Called after each batch with its number of images.
 
     Raises:
         CorruptDataError: An image cannot be read.
-        ClipbenchError: There was no labelled pixel at all.
+        ClipbenchError: There was nothing to score.
     """
     model.eval()
-    metrics = {key: ConfusionMetric(num_classes, device=device) for key in heads}
+    metrics = {key: family.new_metric(device) for family, bound in heads.items() for key in bound}
     timing, skipped, corrupt = Timing(), [], []
-    preprocess = model.data_preprocessor
     clock = time.perf_counter()
     for batch in loader:
         if batch["corrupt"] and not skip_corrupt:
             corrupt = batch["corrupt"]
             break
         skipped += [sample.reason for sample in batch["corrupt"]]
-        images, targets = preprocess(batch, training=False) if batch["inputs"] else (None, [])
+        if not batch["inputs"]:
+            continue
+        images, targets = model.data_preprocessor(batch, training=False)
         clock, timing.data = time.perf_counter(), timing.data + time.perf_counter() - clock
-        for place, target in enumerate(targets):
-            pixels = images.pixels[place, :, : target.size[0], : target.size[1]]
-            with model.autocast(device.type):
-                predictions = segmentation.predict(
-                    model.features, heads, pixels, target, inference, preprocess.multiple, preprocess.fill
-                )
-                for key, prediction in predictions:
+        once = OncePerBatch(source)
+        with model.autocast(device.type):
+            for family, bound in heads.items():
+                for key, of, predictions in family.predict(once, bound, images, targets):
                     if device.type == "cuda":  # or the metric would be charged for the models' work
                         torch.cuda.synchronize(device)
                     clock, timing.inference = time.perf_counter(), timing.inference + time.perf_counter() - clock
-                    counts = metrics[key].process(prediction, target.label)
+                    columns = metrics[key].process(predictions, of)
                     if observer:
-                        observer(key, target, prediction, counts)
+                        observer(key, of, predictions, columns)
                     clock, timing.metric = time.perf_counter(), timing.metric + time.perf_counter() - clock
-            timing.images += 1
-            on_image()
+        timing.images += len(targets)
+        on_images(len(targets))
     if anywhere(bool(corrupt)):
         raise CorruptDataError([sample for part in gather(corrupt) for sample in part], where)
-    scores, per_class = {}, {}
+    clock = time.perf_counter()
+    scores, per_class, late_rows = {}, {}, {}
     for key, metric in metrics.items():
         metric.merge_processes()
         try:
@@ -131,4 +129,6 @@ def evaluate(
             raise ClipbenchError(
                 f"{where}: {error} ({len(skipped)} images could not be read)", "Check the data: clipbench data check"
             ) from error
-    return Evaluation(scores, per_class, timing, skipped)
+        late_rows[key] = metric.late_rows() if hasattr(metric, "late_rows") else ((), {})
+    timing.metric += time.perf_counter() - clock
+    return Evaluation(scores, per_class, late_rows, timing, skipped)

@@ -49,6 +49,24 @@ class FeatureSource(Protocol):
     def __call__(self, images: Images) -> Features: ...
 
 
+class OncePerBatch:
+    """Remembers the features of the last batch, so that tasks which look at the same images share one pass.
+
+    Args:
+        source: Where features come from.
+    """
+
+    def __init__(self, source: FeatureSource) -> None:
+        self.source = source
+        self._last: tuple[Images, Features] | None = None
+
+    def __call__(self, images: Images) -> Features:
+        """Features of the batch; the very object of the call before costs nothing."""
+        if self._last is None or self._last[0] is not images:
+            self._last = images, self.source(images)
+        return self._last[1]
+
+
 class LiveFeatures(nn.Module):
     """Features from a forward pass of the backbone.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +14,42 @@ from torch import Tensor, nn
 
 from clipbench.backbones.base import Features
 from clipbench.data.stream import stable_seed
+from clipbench.heads.fused import FusedHead
+from clipbench.probing.families.base import BoundHead
 from clipbench.probing.features import Images, LiveFeatures
-from clipbench.probing.processes import rank
-
-LossFunction = Callable[[nn.Module, Features, Any], Tensor]
+from clipbench.processes import rank
 
 NOT_DIVERGED = -1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What steps on its own: one head at one setting, or all settings of a head that fuses.
+
+    Attributes:
+        key: Its name, without dots.
+        trials: Keys of its trials; `(key,)` unless it is fused.
+        head: The module, and which maps it reads.
+        loss: (module, its features, targets) → scalar; not used for a `FusedHead`, which has losses of its own.
+    """
+
+    key: str
+    trials: tuple[str, ...]
+    head: BoundHead
+    loss: Callable[[nn.Module, Features, Any], Tensor]
 
 
 class SweepModel(BaseModel):
     """Trains several heads on one backbone pass, each exactly as it would be trained alone.
 
-    Each head has its own parameters, optimiser and clipping, and draws its random numbers (initialisation, dropout)
+    Each unit has its own parameters, optimiser and clipping, and draws its random numbers (initialisation, dropout)
     from a generator of its own, so that no head can notice the others. A head whose loss is not finite is marked as
     diverged and takes no further part in anything.
 
     Args:
         features: Where features come from.
-        heads: Heads by trial key; a key holds no dot.
+        units: What is trained.
         preprocess: Turns a collated batch into (`Images`, targets) on the right device.
-        loss: (head, features, targets) → scalar.
         seed: Of the run.
         precision: "fp32" or "bf16" (autocast around backbone and heads; parameters stay fp32).
         log_interval: Steps between reads of losses from the device; each read makes the host wait for it.
@@ -41,32 +58,32 @@ class SweepModel(BaseModel):
     def __init__(
         self,
         features: LiveFeatures,
-        heads: Mapping[str, nn.Module],
+        units: Sequence[Unit],
         preprocess: nn.Module,
-        loss: LossFunction,
         seed: int,
         precision: str = "fp32",
         log_interval: int = 50,
     ) -> None:
         super().__init__(data_preprocessor=preprocess)
         self.features = features
-        self.heads = nn.ModuleDict(heads)
-        self._loss = loss
+        self.units = tuple(units)
+        self.heads = nn.ModuleDict({unit.key: unit.head.module for unit in units})
+        self.trials = tuple(trial for unit in units for trial in unit.trials)
         self._seed = seed
         self._rank = rank()
         self._precision = precision
         self._log_interval = log_interval
         self.step = 0  # steps done; the training loop sets it after a resume
         self._alive: list[str] | None = None  # as of the last logging step
-        # First step at which each head's loss was not finite. On the device, so that noticing costs no synchronisation.
-        self.register_buffer("diverged_at", torch.full((len(self.heads),), NOT_DIVERGED, dtype=torch.int64))
+        # First step at which a trial's loss was not finite. On the device, so that noticing costs no synchronisation.
+        self.register_buffer("diverged_at", torch.full((len(self.trials),), NOT_DIVERGED, dtype=torch.int64))
         self.diverged_at: Tensor
 
     def train_step(self, data: Any, optim_wrapper: OptimWrapper | OptimWrapperDict) -> dict[str, Tensor]:
-        """One step of every head that has not diverged.
+        """One step of every unit of which a trial has not diverged.
 
         Returns:
-            The loss of each head at logging steps, else an empty dict (mmengine reads every value it is given).
+            The loss of each trial at logging steps, else an empty dict (mmengine reads every value it is given).
         """
         self.step += 1
         images, targets = self.data_preprocessor(data, training=True)
@@ -75,35 +92,52 @@ class SweepModel(BaseModel):
         logs: dict[str, Tensor] = {}
         with self._random_numbers("backbone"), self.autocast(images.pixels.device.type):
             features = self.features(images)
-        for place, (key, head) in enumerate(self.heads.items()):
-            if key not in self._alive:
+        place = 0
+        for unit in self.units:
+            span = slice(place, place + len(unit.trials))
+            place = span.stop
+            alive = [trial for trial in unit.trials if trial in self._alive]
+            if not alive:
                 continue
-            with self._random_numbers(key), self.autocast(images.pixels.device.type):
-                loss = self._loss(head, features, targets)
-            self._note_divergence(place, loss)
-            optim_wrapper[key].update_params(loss)
+            with self._random_numbers(unit.key), self.autocast(images.pixels.device.type):
+                losses = unit_losses(unit, features, targets)
+            self._note_divergence(span, losses)
+            module = unit.head.module
+            total = (module.rates * losses).sum() if isinstance(module, FusedHead) else losses[0]
+            optim_wrapper[unit.key].update_params(total)
             if self._is_logging_step():
-                logs[f"{key}/loss"] = loss.detach()
+                for trial, loss in zip(unit.trials, losses.detach(), strict=True):
+                    if trial in alive:
+                        logs[f"{trial}/loss"] = loss
         return logs
 
     def alive(self) -> list[str]:
-        """Keys of the heads whose loss has been finite so far. Waits for the device."""
+        """Keys of the trials whose loss has been finite so far. Waits for the device."""
         diverged = self.diverged_at.tolist()
-        return [key for key, step in zip(self.heads, diverged, strict=True) if step == NOT_DIVERGED]
+        return [key for key, step in zip(self.trials, diverged, strict=True) if step == NOT_DIVERGED]
 
     def divergence(self) -> dict[str, int]:
-        """The step at which each diverged head's loss stopped being finite."""
+        """The step at which each diverged trial's loss stopped being finite."""
         diverged = self.diverged_at.tolist()
-        return {key: step for key, step in zip(self.heads, diverged, strict=True) if step != NOT_DIVERGED}
+        return {key: step for key, step in zip(self.trials, diverged, strict=True) if step != NOT_DIVERGED}
+
+    def trained_heads(self) -> dict[str, BoundHead]:
+        """The head of each trial, by trial key."""
+        return {
+            trial: BoundHead(module.member(trial), unit.head.places) if isinstance(module, FusedHead) else unit.head
+            for unit in self.units
+            for module in [unit.head.module]
+            for trial in unit.trials
+        }
 
     def autocast(self, device_type: str) -> torch.autocast:
         """The precision's context."""
         return torch.autocast(device_type, dtype=torch.bfloat16, enabled=self._precision == "bf16")
 
-    def forward(self, inputs: Images, data_samples: Any = None, mode: str = "tensor") -> Any:
-        """Logits of every head; mmengine asks for this method, the engine does not use it."""
-        features = self.features(inputs)
-        return {key: head(features.maps) for key, head in self.heads.items()}
+    def forward(self, inputs: Images, data_samples: Any = None, mode: str = "tensor") -> Features:
+        """Features of a batch; mmengine asks for this method, the engine does not use it."""
+        features: Features = self.features(inputs)
+        return features
 
     def init_weights(self) -> None:
         """Nothing: heads are initialised where they are built, each from its own generator."""
@@ -119,15 +153,15 @@ class SweepModel(BaseModel):
     def _is_logging_step(self) -> bool:
         return self.step % self._log_interval == 0 or self.step == 1
 
-    def _note_divergence(self, place: int, loss: Tensor) -> None:
-        finite = torch.isfinite(loss.detach())
+    def _note_divergence(self, span: slice, losses: Tensor) -> None:
+        finite = torch.isfinite(losses.detach())
         if torch.distributed.is_initialized():  # all processes must agree on who trains on
             finite = finite.to(torch.uint8)
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
             finite = finite.bool()
-        first = self.diverged_at[place]
+        first = self.diverged_at[span]
         step = torch.full_like(first, self.step)
-        self.diverged_at[place] = torch.where((first == NOT_DIVERGED) & ~finite, step, first)
+        self.diverged_at[span] = torch.where((first == NOT_DIVERGED) & ~finite, step, first)
 
     @contextmanager
     def _random_numbers(self, key: str) -> Iterator[None]:
@@ -136,6 +170,14 @@ class SweepModel(BaseModel):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(stable_seed(self._seed, "step", self.step, self._rank, key))
             yield
+
+
+def unit_losses(unit: Unit, features: Features, targets: Any) -> Tensor:
+    """(T,) loss of each trial of a unit."""
+    module, selected = unit.head.module, unit.head.select(features)
+    if isinstance(module, FusedHead):
+        return module.losses(selected, targets)
+    return unit.loss(module, selected, targets).reshape(1)
 
 
 class SweepOptimWrapper(OptimWrapper):

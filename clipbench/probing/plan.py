@@ -8,16 +8,25 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.probing.knobs import check_knobs
-from clipbench.probing.recipes import METRICS, REQUIRED, RecipeInfo, find_recipe, load_recipe, protocol_of
-from clipbench.registry import BackboneEntry, load_registry
+from clipbench.probing.recipes import RecipeInfo, catalogue, find_recipe, load_recipe, protocol_of
+from clipbench.registry import BackboneEntry, Registry, load_registry
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+
+    from clipbench.backbones.base import OutputSpec
+    from clipbench.probing.families.base import Family
+
+
+class NotApplicableError(UsageError):
+    """The backbone cannot do the task at all, whatever the settings."""
+
 
 Mode = Literal["frozen", "finetune"]
 RunState = Literal["new", "unfinished", "finished"]
@@ -33,18 +42,19 @@ class ProbeRequest:
 
     Attributes:
         backbone: Alias or source.
-        task: Name of a recipe.
+        task: Name of a recipe, or several with commas: tasks that look at the same images share a backbone pass.
         heads: Names of heads in the recipe; None for all.
         lrs: Learning rates to try; None for the recipe's.
         mode: "frozen" or "finetune".
         data_root: Folder of the data set; None for the registry's.
-        steps, batch_size, image_size, evaluation: Override the recipe's where not None.
+        steps, batch_size, image_size, evaluation, classes, templates: Override the recipe's where not None.
         seed: Decides initialisation, order and augmentation.
         precision: "fp32" or "bf16".
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         overrides: `--set` values by dotted name.
         results: Folder for records, leaderboard, runs.
         resume: Go on with the last unfinished run of this very request.
+        skip_finished: Leave heads out that have a record with the very fingerprint that the run would give.
         skip_corrupt: Leave unreadable files out instead of stopping.
         registry: An extra registry file.
         nproc: Processes on this machine.
@@ -61,83 +71,157 @@ class ProbeRequest:
     batch_size: int | None = None
     image_size: int | None = None
     evaluation: str | None = None
+    classes: str | None = None
+    templates: str | None = None
     seed: int = 0
     precision: str = "fp32"
     device: str = "auto"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     results: Path = Path("results")
     resume: bool = False
+    skip_finished: bool = False
     skip_corrupt: bool = False
     registry: Path | None = None
     nproc: int = 1
     command: str = ""
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks asked for."""
+        return tuple(name.strip() for name in self.task.split(",") if name.strip())
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One head at one learning rate."""
+    """One head of a task at one setting.
 
+    Attributes:
+        task, head: Names.
+        settings: What is tried: ("lr", 0.001), ("C", 1.0), …; empty where there is nothing to choose.
+    """
+
+    task: str
     head: str
-    lr: float
+    settings: tuple[tuple[str, float | int | str], ...] = ()
 
     @property
     def key(self) -> str:
         """Names the trial in module and optimiser dictionaries, which allow no dots."""
-        return f"{self.head}@{self.lr!r}".replace(".", "_")
+        settings = ",".join(f"{name}={value!r}" for name, value in self.settings)
+        return f"{self.task}:{self.head}@{settings}".replace(".", "_")
 
     @property
     def label(self) -> str:
         """For people: "pspnet, lr 0.003"."""
-        return f"{self.head}, lr {self.lr:g}"
+        values = (
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.settings
+        )
+        return ", ".join((self.head, *values))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of a trained head."""
+        return float(dict(self.settings)["lr"])
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task of a run.
+
+    Attributes:
+        recipe: Which recipe.
+        config: The resolved recipe.
+        heads: Which of its heads.
+        root: Folder of the data set.
+    """
+
+    recipe: RecipeInfo
+    config: Config
+    heads: tuple[str, ...]
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @cached_property
+    def family(self) -> Family:
+        """What kind of task it is. Imports OpenMMLab: `clipbench.mmlab.setup` comes first."""
+        from clipbench.probing.families import load_family
+
+        return load_family(self.recipe.family)(self.config, self.root)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All heads at all their settings."""
+        return [Trial(self.name, head, tuple(s.items())) for head in self.heads for s in self.family.settings(head)]
+
+    def kind(self, trial: Trial) -> str:
+        """ "trained", "fitted" or "free"."""
+        return self.family.kind(trial.head)
+
+    def protocol(self, head: str, opened: bool = True) -> dict[str, Any]:
+        """What can change the score of one head, as plain JSON types: the protocol of its record.
+
+        Args:
+            head: Its name.
+            opened: The data are open; before, contents of files that the recipe names are not known and left out.
+        """
+        kind = self.family.kind(head)
+        protocol = protocol_of(self.config, head, kind)
+        if self.recipe.family == "segmentation" and protocol["evaluation"]["mode"] == "whole":
+            protocol["evaluation"] = {"mode": "whole"}
+        return {**protocol, **self.family.protocol_extra(head)} if opened else protocol
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided, nothing started.
+    """Everything decided, nothing started: tasks that share a backbone pass.
 
     Attributes:
         request: What was asked.
-        recipe: Which recipe.
-        config: The resolved recipe.
         backbone: The resolved registry entry.
-        heads, lrs: What is trained: each head at each rate.
-        root: Folder of the data set.
+        tasks: One, or several that look at the same images at the same steps.
         world_size: Processes that share a step.
     """
 
     request: ProbeRequest
-    recipe: RecipeInfo
-    config: Config
     backbone: BackboneEntry
-    heads: tuple[str, ...]
-    lrs: tuple[float, ...]
-    root: Path
+    tasks: tuple[TaskPlan, ...]
     world_size: int
 
     @property
+    def name(self) -> str:
+        """ "ade20k", or "nyuv2-depth+nyuv2-normals"."""
+        return "+".join(task.name for task in self.tasks)
+
+    @property
+    def lead(self) -> TaskPlan:
+        """The task that opens the data; the others agree with it on what decides the images of a step."""
+        return self.tasks[0]
+
+    @property
     def trials(self) -> list[Trial]:
-        """All head × rate combinations."""
-        return [Trial(head, lr) for head in self.heads for lr in self.lrs]
+        """All heads of all tasks at all their settings."""
+        return [trial for task in self.tasks for trial in task.trials]
 
     @property
     def passes(self) -> list[list[Trial]]:
-        """Trials that share a backbone pass. A backbone that is being trained cannot be shared."""
-        return [self.trials] if self.request.mode == "frozen" else [[trial] for trial in self.trials]
-
-    @property
-    def metric(self) -> tuple[str, Literal["up", "down"]]:
-        """Name and direction ("up" or "down") of the main metric."""
-        return METRICS[self.recipe.family]
-
-    def protocol(self, head: str) -> dict[str, Any]:
-        """What can change the score of one head, as plain JSON types: the protocol of its record."""
-        protocol = {key: value for key, value in protocol_of(self.config).items() if key in REQUIRED}
-        protocol["lrs"] = list(self.lrs)
-        protocol["head"] = protocol.pop("heads")[head]
+        """Trained trials that share a backbone pass. A backbone that is being trained cannot be shared."""
+        trained = [trial for task in self.tasks for trial in task.trials if task.kind(trial) == "trained"]
         if self.request.mode == "frozen":
-            del protocol["finetune"]
-        if protocol["evaluation"]["mode"] == "whole":
-            protocol["evaluation"] = {"mode": "whole"}
+            return [trained] if trained else []
+        return [[trial] for trial in trained]
+
+    def task(self, name: str) -> TaskPlan:
+        """By name."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def protocol(self, task: TaskPlan, head: str, opened: bool = True) -> dict[str, Any]:
+        """What can change the score of one head, the request's own flags included; see `TaskPlan.protocol`."""
+        protocol = task.protocol(head, opened)
+        if self.request.mode == "frozen":
+            protocol.pop("finetune", None)
         if self.request.skip_corrupt:
             protocol["skip_corrupt"] = True
         return protocol
@@ -146,17 +230,20 @@ class Plan:
     def run_hash(self) -> str:
         """Twelve hex digits that name this very request: `--resume` goes on with a run that has the same."""
         # Skipping corrupt files is no part of it: that is what a run which met one is resumed with.
-        protocols = {head: {**self.protocol(head), "skip_corrupt": None} for head in self.heads}
+        protocols = {
+            f"{task.name}:{head}": {**self.protocol(task, head, opened=False), "skip_corrupt": None}
+            for task in self.tasks
+            for head in task.heads
+        }
         identity = {
             "backbone": self.backbone.source,
             "checkpoint": str(self.backbone.checkpoint or ""),
             "input": self.backbone.input.model_dump(mode="json") if self.backbone.input else None,
-            "task": self.recipe.name,
             "heads": protocols,
             "mode": self.request.mode,
             "precision": self.request.precision,
             "seed": self.request.seed,
-            "root": str(self.root.resolve()),
+            "root": [str(task.root.resolve()) for task in self.tasks],
             "world_size": self.world_size,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -168,13 +255,17 @@ class Plan:
             return self.request.command
         request = self.request
         words = ["clipbench", "probe", "--backbone", request.backbone, "--task", request.task]
-        words += ["--head", ",".join(self.heads), "--lr", ",".join(map(repr, self.lrs))]
+        for flag, values in (("--head", request.heads), ("--lr", request.lrs)):
+            if values is not None:
+                words += [flag, ",".join(map(str, values))]
         words += ["--mode", request.mode, "--seed", str(request.seed), "--precision", request.precision]
         for flag, value in (
             ("--steps", request.steps),
             ("--batch-size", request.batch_size),
             ("--image-size", request.image_size),
             ("--eval", request.evaluation),
+            ("--classes", request.classes),
+            ("--templates", request.templates),
             ("--data-root", request.data_root),
             ("--registry", request.registry),
         ):
@@ -189,23 +280,26 @@ class Plan:
         return shlex.join(words)
 
 
-def resolve(request: ProbeRequest) -> Plan:
+def resolve(request: ProbeRequest) -> tuple[Plan, ...]:
     """Check a request and work out what it means.
+
+    Returns:
+        One plan a task, or several where heads of a task differ in more than themselves (`per_head` in the recipe).
+        `clipbench.probing.preflight.join` puts those together that can share a pass.
 
     Raises:
         UsageError, UnknownNameError: A name or value is wrong (exit status 2); nothing was loaded yet.
         ClipbenchError: The data set is missing or incomplete.
     """
-    recipe = find_recipe(request.task)
-    heads = request.heads or recipe.heads
-    for head in heads:
-        if head not in recipe.heads:
-            raise UnknownNameError("head", head, recipe.heads, see=f"clipbench show {recipe.name}")
+    if not request.tasks:
+        raise UsageError("--task is empty", "See: clipbench list tasks")
+    recipes = [find_recipe(task) for task in request.tasks]
     _check_choice("--mode", request.mode, MODES)
     _check_choice("--precision", request.precision, PRECISIONS)
     if request.evaluation is not None:
         _check_choice("--eval", request.evaluation, EVALUATIONS)
-    _check_no_repeats("--head", heads)
+    _check_no_repeats("--task", request.tasks)
+    _check_no_repeats("--head", request.heads or ())
     if not 0 <= request.seed < 2**32:
         raise UsageError(f"--seed must be in [0, 2³²), got {request.seed}")
     if request.nproc < 1:
@@ -217,19 +311,67 @@ def resolve(request: ProbeRequest) -> Plan:
     from clipbench.backbones import check_source  # timm's list of models takes a second
 
     check_source(backbone)
-    config = load_recipe(recipe, _overrides(request))
-    check_knobs(config.to_dict())
-    lrs = tuple(float(lr) for lr in config.lrs)
     world_size = int(os.environ.get("WORLD_SIZE", request.nproc))
-    _check_batch(config, world_size)
+    plans = []
+    for recipe in recipes:
+        for heads, config in _configs(recipe, request):
+            check_knobs(config.to_dict())
+            if "batch_size" in config:
+                _check_batch(config, world_size)
+            task = TaskPlan(recipe, config, heads, _root(registry, recipe, request, backbone))
+            plans.append(Plan(request, backbone, (task,), world_size))
+    return tuple(plans)
 
+
+def _configs(recipe: RecipeInfo, request: ProbeRequest) -> list[tuple[tuple[str, ...], Config]]:
+    """The resolved recipe; several where heads have settings of their own, each with the heads that it holds for."""
+    heads = request.heads or recipe.heads
+    for head in heads:
+        if head not in recipe.heads:
+            raise UnknownNameError("head", head, recipe.heads, see=f"clipbench show {recipe.name}")
+    overrides = _overrides(request)
+    found: list[tuple[list[str], Config]] = []
+    for head in heads:
+        config = load_recipe(recipe, overrides, head)
+        for others, known in found:
+            if known.to_dict() == config.to_dict():
+                others.append(head)
+                break
+        else:
+            found.append(([head], config))
+    return [(tuple(names), config) for names, config in found]
+
+
+def _root(registry: Registry, recipe: RecipeInfo, request: ProbeRequest, backbone: BackboneEntry) -> Path:
     from clipbench.data import require_layout, resolve_root
     from clipbench.data.roots import get_hint
 
     entry = registry.dataset(recipe.dataset)
-    root = resolve_root(entry, request.data_root)
-    require_layout(entry.layout, root, get_hint(entry))
-    return Plan(request, recipe, config, backbone, tuple(heads), lrs, root.resolve(), world_size)
+    try:
+        root = resolve_root(entry, request.data_root)
+        require_layout(entry.layout, root, get_hint(entry))
+    except ClipbenchError:
+        if recipe.facts.needs_text:  # nobody should fetch data for a task that the backbone cannot do
+            from clipbench.backbones import describe
+
+            require_text_tower(recipe, request.backbone, describe(backbone).output)
+        raise
+    return root.resolve()
+
+
+def require_text_tower(recipe: RecipeInfo, backbone: str, output: OutputSpec) -> None:
+    """Refuse a task that compares images with texts to a backbone that has no text tower.
+
+    Raises:
+        NotApplicableError: With the tasks that it can do.
+    """
+    if not recipe.facts.needs_text or output.text:
+        return
+    able = [other.name for other in catalogue() if not other.facts.needs_text]
+    raise NotApplicableError(
+        f"{recipe.name} compares images with texts, but {backbone} has no text tower",
+        f"It can do: {', '.join(able)}. Two-tower models: clipbench list backbones 'openclip:*'",
+    )
 
 
 def _overrides(request: ProbeRequest) -> dict[str, Any]:
@@ -239,6 +381,8 @@ def _overrides(request: ProbeRequest) -> dict[str, Any]:
         "image_size": request.image_size,
         "lrs": list(request.lrs) if request.lrs else None,
         "evaluation.mode": request.evaluation,
+        "classes": request.classes,
+        "templates": request.templates,
     }
     overrides = {key: value for key, value in flags.items() if value is not None}
     twice = sorted(set(overrides) & set(request.overrides))
@@ -282,7 +426,7 @@ def find_run(plan: Plan) -> tuple[Path, RunState]:
     """
     from clipbench.results.record import slug
 
-    parent = plan.request.results / "runs" / slug(plan.recipe.name) / slug(plan.request.backbone)
+    parent = plan.request.results / "runs" / slug(plan.name) / slug(plan.request.backbone)
     existing = sorted(parent.glob(f"{plan.run_hash}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if plan.request.resume:
         for path in reversed(existing):

@@ -12,42 +12,30 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.paths import shipped
+from clipbench.probing.families import FAMILIES, FamilyInfo
+from clipbench.registry.clip_benchmark import OTHERS, PREFIX, SUITE, dataset_of, task_name
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-# Every top-level name that the engine reads; a recipe must have the required ones and may add names of its own for use
-# in its expressions. `runtime` holds what never changes a score and stays out of the fingerprint.
-REQUIRED = (
-    "family",
-    "dataset",
-    "image_size",
-    "steps",
-    "batch_size",
-    "lrs",
-    "holdout",
-    "optimizer",
-    "lr_schedule",
-    "warmup_steps",
-    "clip_grad",
-    "layer",
-    "output_stride",
-    "heads",
-    "train_data",
-    "val_data",
-    "train_pipeline",
-    "test_pipeline",
-    "evaluation",
-    "finetune",
-    "runtime",
-)
+# Which top-level names a recipe must have follows from its family (`FAMILIES[…].knobs`); it may add names of its own
+# for use in its expressions, and these, which the engine reads where they are there.
+OPTIONAL = ("lr_milestones", "per_head")
 
+# What only a head that is trained by gradient descent depends on, and what only one that sees training images does.
+_TRAINING = (
+    *("steps", "batch_size", "lrs", "optimizer", "lr_schedule", "lr_milestones", "warmup_steps", "clip_grad"),
+    *("train_pipeline", "finetune"),
+)
+_TRAINING_IMAGES = ("train_data", "holdout")
+
+TEMPLATE = "clip-benchmark"  # the recipe of all cb-… tasks
 
 FIXED = ("family", "dataset")  # the task itself, and no setting of it
 
@@ -62,9 +50,9 @@ class RecipeInfo:
         header: The whole docstring.
         family: "segmentation", …
         dataset: Name of the data set in the registry.
-        metric: The main metric's name.
         heads: Names of the heads.
         path: The file.
+        overrides: Values that make this task out of a recipe which serves many.
     """
 
     name: str
@@ -72,13 +60,19 @@ class RecipeInfo:
     header: str
     family: str
     dataset: str
-    metric: str
     heads: tuple[str, ...]
     path: Path
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def facts(self) -> FamilyInfo:
+        """Metric and knobs of its family."""
+        return FAMILIES[self.family]
 
-# The main metric follows from the family; higher is better for "up".
-METRICS: dict[str, tuple[str, Literal["up", "down"]]] = {"segmentation": ("mIoU", "up")}
+    @property
+    def metric(self) -> str:
+        """Name of the main metric."""
+        return self.facts.metric
 
 
 def catalogue() -> list[RecipeInfo]:
@@ -104,18 +98,32 @@ def find_recipe(task: str) -> RecipeInfo:
     if task in problems:
         raise ClipbenchError(f"the recipe cannot be read: {problems[task]}")
     recipes = {info.name: info for info in infos}
+    if task.startswith(PREFIX) and task not in recipes:
+        dataset = dataset_of(task)
+        template = next(info for info in _read_all(hidden=True)[0] if info.name == TEMPLATE)
+        return replace(template, name=task, overrides={"dataset_name": dataset})
     if task not in recipes:
         raise UnknownNameError("task", task, recipes, see="clipbench list tasks")
     return recipes[task]
 
 
-def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any]) -> Config:
+def task_names() -> list[str]:
+    """Every task that can be asked for: the recipes, and the sets of clip-benchmark, which share one.
+
+    Raises:
+        ClipbenchError: As for `catalogue`.
+    """
+    return [*(info.name for info in catalogue()), *map(task_name, (*SUITE, *OTHERS))]
+
+
+def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any], head: str | None = None) -> Config:
     """Execute a recipe with overrides.
 
     Args:
         info: From `find_recipe`.
         overrides: Values by dotted name. A top-level name replaces its assignment before the file runs, so that values
             derived from it follow; a dotted one is set afterwards.
+        head: Resolve the recipe for this head: the knobs that `per_head` gives for it hold, unless they are overridden.
 
     Raises:
         UnknownNameError: An override names nothing in the recipe.
@@ -125,8 +133,14 @@ def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any]) -> Config:
 
     tree = ast.parse(info.path.read_text(encoding="utf-8"), filename=str(info.path))
     assigned = _assignments(tree)
+    given = overrides
+    if head is not None and "per_head" in assigned:
+        # Executed once to learn what the head changes, then again with that changed.
+        own = load_recipe(info, {key: value for key, value in overrides.items() if key in assigned})["per_head"]
+        overrides = {**own.get(head, {}), **overrides}
+    overrides = {**info.overrides, **overrides}
     for key, value in overrides.items():
-        if key in FIXED:
+        if key in FIXED and key not in info.overrides:
             raise UsageError(
                 f"'{key}' cannot be changed: it is what makes the task {info.name}",
                 "Choose another --task, or copy the recipe into ./probes/ and edit it.",
@@ -141,16 +155,18 @@ def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any]) -> Config:
             f"Overrides in force: {dict(overrides) or 'none'}",
         ) from error
 
-    known = sorted(_dotted_names(config))
+    from clipbench.probing.knobs import Runtime
+
+    known = sorted({*_dotted_names(config), *(f"runtime.{name}" for name in Runtime.model_fields)})
     for key, value in overrides.items():
-        if key not in known:
+        if key not in known and key in given:
             raise UnknownNameError("key in --set", key, known, see=f"the recipe, {info.path}")
         if key not in assigned:
             config.merge_from_dict({key: value}, allow_list_keys=True)
     return config
 
 
-def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
+def parse_set(assignments: Iterable[str], flag: str = "--set", example: str = "steps=2000") -> dict[str, Any]:
     """`["steps=60", "heads.linear.dropout_ratio=0"]` → values by name; values are Python literals, else plain strings.
 
     Raises:
@@ -168,18 +184,34 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[key.strip()] = text.strip()
     if bad:
-        raise UsageError(f"--set takes key=value, got {', '.join(map(repr, bad))}", "Example: --set steps=2000")
+        raise UsageError(f"{flag} takes key=value, got {', '.join(map(repr, bad))}", f"Example: {flag} {example}")
     return values
 
 
-def protocol_of(config: Config) -> dict[str, Any]:
-    """Everything in a recipe that can change a score, as plain JSON types."""
-    plain = {key: value for key, value in config.to_dict().items() if key != "runtime"}
-    return _jsonable(plain)
+def protocol_of(config: Config, head: str, kind: str) -> dict[str, Any]:
+    """Everything in a recipe that can change the score of one head, as plain JSON types.
+
+    Args:
+        config: Of `load_recipe`.
+        head: Its name.
+        kind: "trained", "fitted" or "free"; the last two do not depend on the schedule.
+    """
+    knobs = {*FAMILIES[config.family].knobs, *OPTIONAL} - {"runtime", "per_head"}
+    if kind != "trained":
+        knobs -= set(_TRAINING)
+    if kind == "free":
+        knobs -= set(_TRAINING_IMAGES)
+    protocol: dict[str, Any] = _jsonable({key: value for key, value in config.to_dict().items() if key in knobs})
+    protocol["head"] = protocol.pop("heads")[head]
+    return protocol
 
 
-def _read_all() -> tuple[list[RecipeInfo], dict[str, str]]:
-    """Recipes in force, sorted by name, and what is wrong with those that cannot be read."""
+def _read_all(hidden: bool = False) -> tuple[list[RecipeInfo], dict[str, str]]:
+    """Recipes in force, sorted by name, and what is wrong with those that cannot be read.
+
+    Args:
+        hidden: With the recipe that stands for many tasks and is none itself.
+    """
     found: dict[str, Path] = {}
     for folder in (shipped("probes"), Path.cwd() / "probes"):
         if folder.is_dir():
@@ -187,6 +219,8 @@ def _read_all() -> tuple[list[RecipeInfo], dict[str, str]]:
             found |= {path.stem.replace("_", "-"): path for path in files}
     infos, problems = [], {}
     for name in sorted(found):
+        if name == TEMPLATE and not hidden:
+            continue
         try:
             infos.append(_read_info(name, found[name]))
         except (SyntaxError, ValueError) as error:
@@ -201,19 +235,18 @@ def _read_info(name: str, path: Path) -> RecipeInfo:
     if "_base_" in assigned:
         # What follows from a knob is worked out where it is written, so a base could not follow its child's knobs.
         raise ValueError("_base_ is not supported in recipes; copy the other recipe instead")
-    missing = [key for key in REQUIRED if key not in assigned]
+    family = _literal(assigned, "family", "")
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    missing = [key for key in FAMILIES[family].knobs if key not in assigned]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    family = _literal(assigned, "family", "")
-    if family not in METRICS:
-        raise ValueError(f"family must be one of {', '.join(METRICS)}, got {family!r}")
     return RecipeInfo(
         name=name,
         summary=header.splitlines()[0].rstrip(".") if header else "",
         header=header,
         family=family,
         dataset=_literal(assigned, "dataset", ""),
-        metric=METRICS[family][0],
         heads=tuple(_dict_keys(assigned["heads"].value)) if "heads" in assigned else (),
         path=path,
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from clipbench.backbones import build, weights_sha256
@@ -29,13 +30,12 @@ from clipbench.data.stream import (
 )
 from clipbench.errors import ClipbenchError, UsageError
 from clipbench.mmlab import log_to_file
-from clipbench.probing import segmentation
 from clipbench.probing.evaluate import Evaluation, Timing, evaluate
+from clipbench.probing.families.base import BoundHead, Columns, Data, Family, FitContext
 from clipbench.probing.features import LiveFeatures
-from clipbench.probing.model import SweepModel
+from clipbench.probing.model import SweepModel, Unit
 from clipbench.probing.pictures import PredictionSheet
-from clipbench.probing.plan import FINISHED, Plan, Trial, find_run
-from clipbench.probing.processes import agree, barrier, gather, processes
+from clipbench.probing.plan import FINISHED, Plan, TaskPlan, Trial, find_run
 from clipbench.probing.runner import (
     CHECKPOINT,
     DivergedError,
@@ -48,6 +48,7 @@ from clipbench.probing.runner import (
     train,
 )
 from clipbench.probing.screen import Screen
+from clipbench.processes import agree, anywhere, barrier, gather, processes
 from clipbench.results import (
     BackboneInfo,
     DatasetInfo,
@@ -63,12 +64,11 @@ from clipbench.results import (
     merge_parts,
     peak_memory,
     record_stem,
-    segmentation_rows,
     write_leaderboard,
     write_record,
 )
-from clipbench.results import Trial as TriedRate
-from clipbench.results.record import read_record, slug, write_text_atomically
+from clipbench.results import Trial as TriedSettings
+from clipbench.results.record import read_record, record_path, slug, write_text_atomically
 
 RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else
@@ -89,7 +89,7 @@ def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) ->
         screen.note(f"log: {log}")
         try:
             with log_to_file(log):
-                return _Run(plan, screen, device, rank, run_dir, resuming, sheet).execute()
+                return Run(plan, screen, device, rank, run_dir, resuming, sheet).execute()
         except KeyboardInterrupt:  # while training, the runner handles it; this is anywhere else
             raise InterruptedRunError(
                 "stopped; what was trained is saved", "The same command with --resume goes on from there."
@@ -103,11 +103,13 @@ def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) ->
 
 
 @dataclass
-class _Pass:
-    """Trials that shared a backbone pass, after training.
+class Pass:
+    """Trials that shared a backbone pass, ready for evaluation.
 
     Attributes:
-        model: With trained heads.
+        model: Features and preprocessing, and the trained units where there are any.
+        trials: The trials.
+        heads: Ready for evaluation, by trial key.
         seconds: Training time, interrupted parts included.
         seconds_before: Of it, that of earlier sessions.
         skipped: Training images that were replaced, and why.
@@ -117,15 +119,17 @@ class _Pass:
     """
 
     model: SweepModel
-    seconds: float
-    seconds_before: float
-    skipped: dict[int, str]
-    holdout: dict[str, float]
-    holdout_skipped: list[str]
-    diverged: dict[str, int]
+    trials: list[Trial]
+    heads: dict[str, BoundHead]
+    seconds: float = 0.0
+    seconds_before: float = 0.0
+    skipped: dict[int, str] = field(default_factory=dict)
+    holdout: dict[str, float] = field(default_factory=dict)
+    holdout_skipped: list[str] = field(default_factory=list)
+    diverged: dict[str, int] = field(default_factory=dict)
 
 
-class _Run:
+class Run:
     """The stages of a run, in order; `execute` is the table of contents."""
 
     def __init__(
@@ -140,7 +144,10 @@ class _Run:
     ) -> None:
         self.plan = plan
         self.request = plan.request
-        self.config = plan.config
+        self.config = plan.lead.config  # of what the tasks agree on
+        self.families = {task.name: task.family for task in plan.tasks}
+        self.family = plan.lead.family  # opens the data, for all
+        self.partners = [task.family for task in plan.tasks[1:]]
         self.screen = screen
         self.device = device
         self.rank = rank
@@ -153,14 +160,18 @@ class _Run:
     def execute(self) -> list[Record]:
         self.load_backbone()
         self.open_data()
+        finished = self.leave_out_finished() if self.request.skip_finished else []
+        if not self.plan.tasks:
+            return finished
         self.check_same_as_before()
         passes = []
         for number, trials in enumerate(self.plan.passes):
             passes.append(self.train_and_select(number, trials))
-            if len(self.plan.passes) > 1:
+            if self.request.mode == "finetune":
                 del passes[-1].model.features  # a fine-tuned backbone each is too much to keep; its checkpoint has it
+        passes += self.fit_and_select()
         best = self.choose(passes)
-        return self.report(passes, best)
+        return finished + self.report(passes, best)
 
     # --- what is probed ---------------------------------------------------------------------------------------------
 
@@ -170,10 +181,11 @@ class _Run:
         self.weights_sha256 = weights_sha256(self.backbone)
         seconds = time.perf_counter() - started
         origin = self.backbone.weights
-        fmap = self.backbone.output.maps[self.config.layer]
+        read = [self.backbone.output.maps[layer] for layer in self.layers]
+        maps = ", ".join(f"{fmap.name} ({fmap.channels} channels, stride {fmap.stride})" for fmap in read)
         self.screen.note(
-            f"backbone: {self.backbone.name} ({origin.source}), map {fmap.name}: {fmap.channels} channels at stride "
-            f"{fmap.stride} (loaded in {seconds:.1f} s)"
+            f"backbone: {self.backbone.name} ({origin.source}), "
+            f"{f'map {maps}' if maps else 'global feature'} (loaded in {seconds:.1f} s)"
         )
         report = getattr(self.backbone, "load_report", None)
         if report is not None:
@@ -182,42 +194,72 @@ class _Run:
             frozen = self.request.mode == "frozen"
             meaning = "this row is a floor, not a result" if frozen else "training starts from scratch"
             self.screen.note(f"random weights: {meaning}", "yellow")
-        size, window = self.config.image_size, self.config.evaluation["window"]
-        if self.backbone.input.fixed_size and {size, window} != {self.backbone.input.size[0]}:
-            wanted = self.backbone.input.size[0]
-            raise UsageError(
-                f"{self.backbone.name} accepts {wanted}×{wanted} only, but the recipe uses {size}",
-                f"Add --image-size {wanted}.",
-            )
-        if self.backbone.input.fixed_size and self.config.evaluation["mode"] == "whole":
-            raise UsageError(f"{self.backbone.name} accepts one size only, not whole images", "Use --eval slide.")
+        for family in self.families.values():
+            family.screen = self.screen
+            family.check_input(self.backbone)
+            family.use_backbone(self.backbone)
 
     def fresh_backbone(self) -> Backbone:
-        return build(self.plan.backbone, seed=self.request.seed, output_stride=self.config.output_stride)
+        return build(self.plan.backbone, seed=self.request.seed, output_stride=self.config.get("output_stride"))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Feature maps that any head reads, shallow to deep."""
+        output = self.backbone.output
+        wanted = {
+            layer
+            for task in self.plan.tasks
+            for head in task.heads
+            for layer in self.families[task.name].layers(head, output)
+        }
+        return tuple(sorted(wanted))
+
+    def live_features(self, backbone: Backbone, frozen: bool) -> LiveFeatures:
+        reads_global = any(
+            self.families[task.name].reads_global(head) for task in self.plan.tasks for head in task.heads
+        )
+        return LiveFeatures(backbone, self.layers, global_feature=reads_global, frozen=frozen)
+
+    def bind(self, trial: Trial, module: torch.nn.Module) -> BoundHead:
+        wanted = self.families[trial.task].layers(trial.head, self.backbone.output)
+        return BoundHead(module, tuple(self.layers.index(layer) for layer in wanted))
 
     # --- data -------------------------------------------------------------------------------------------------------
 
     def open_data(self) -> None:
-        config, root = self.config, self.plan.root
-        self.train_set = segmentation.build_dataset(config.train_data, config.train_pipeline, root)
-        self.holdout_set = segmentation.build_dataset(config.train_data, config.test_pipeline, root)
-        self.val_set = segmentation.build_dataset(config.val_data, config.test_pipeline, root)
-        self.classes = tuple(self.val_set.metainfo["classes"])
-        self.train_indices, self.holdout_indices = split_holdout(len(self.train_set), **config.holdout)
-        if not self.train_indices:
-            raise ClipbenchError(f"no training images in {root}", "Check it: clipbench data check")
-        self.files = [
-            Path(file)
-            for dataset in (self.train_set, self.val_set)
-            for index in range(len(dataset))
-            for file in segmentation.sample_files(dataset, index)
-            if file
-        ]
+        root = self.plan.lead.root
+        self.data: Data = self.family.open(self.partners)
+        train = self.data.plain_train
+        self.train_indices: list[int] = []
+        self.holdout_indices: list[int] = []
+        if train is not None:
+            self.train_indices, self.holdout_indices = split_holdout(len(train), **self.config.holdout)
+            if not self.train_indices:
+                raise ClipbenchError(f"no training images in {root}", "Check it: clipbench data check")
+        if not len(self.data.val):
+            raise ClipbenchError(f"no images to evaluate in {root}", "Check it: clipbench data check")
+        files = {task: self.files_of(family) for task, family in self.families.items()}
+        # A task's own files only: its data are the same whatever else is probed in the pass.
+        self.fingerprints = {task: dataset_fingerprint(own, root) for task, own in files.items()}
+        self.files = list(dict.fromkeys(file for own in files.values() for file in own))
         self.data_fingerprint = dataset_fingerprint(self.files, root)
-        self.screen.note(
-            f"data: {root} ({len(self.train_indices)} training images, {len(self.holdout_indices)} held out, "
-            f"{len(self.val_set)} validation, {len(self.classes)} classes)"
-        )
+        counts = [f"{len(self.data.val)} validation"]
+        if train is not None:
+            counts = [f"{len(self.train_indices)} training images", f"{len(self.holdout_indices)} held out", *counts]
+        if self.data.classes:
+            counts.append(f"{len(self.data.classes)} classes")
+        self.screen.note(f"data: {root} ({', '.join(counts)})")
+
+    def files_of(self, family: Family) -> list[Path]:
+        """Every file that a task's data come from, once: an archive holds many samples."""
+        found = [
+            file
+            for dataset in (self.data.plain_train, self.data.val)
+            if dataset is not None
+            for index in range(len(dataset))
+            for file in family.sample_files(dataset, index)
+        ]
+        return list(dict.fromkeys([*found, *family.common_files()]))
 
     def loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
         workers = min(self.config.runtime["workers"], os.cpu_count() or 1)
@@ -233,10 +275,37 @@ class _Run:
         )
 
     def evaluation_loader(self, dataset: Any, indices: Sequence[int]) -> DataLoader[Any]:
-        stream = EvaluationStream(dataset, indices, lambda i, e: segmentation.describe_failure(dataset, i, e))
-        return self.loader(stream, ShardSampler(len(indices), self.rank, self.plan.world_size), batch_size=1)
+        stream = EvaluationStream(dataset, indices, lambda i, e: self.family.describe_failure(dataset, i, e))
+        sampler = ShardSampler(len(indices), self.rank, self.plan.world_size)
+        return self.loader(stream, sampler, batch_size=self.config.runtime.get("eval_batch", 1))
 
     # --- guard ------------------------------------------------------------------------------------------------------
+
+    def leave_out_finished(self) -> list[Record]:
+        """Records that are there already, with the very fingerprints that this run would give; their heads go."""
+        records, tasks = [], []
+        for task in self.plan.tasks:
+            left = []
+            for head in task.heads:
+                draft = self.draft(task, head, None, [])
+                path = record_path(self.request.results, draft)
+                found = agree(path.exists())
+                if found:
+                    records.append(read_record(path))
+                    self.screen.note(f"{task.name}, {head}: finished before, see {path}")
+                else:
+                    left.append(head)
+            if left:
+                tasks.append(replace(task, heads=tuple(left)))
+        if not tasks and self.rank == 0:
+            names = [
+                record_path(self.request.results, one).relative_to(self.request.results).as_posix() for one in records
+            ]
+            (self.run_dir / FINISHED).write_text(json.dumps(names) + "\n")
+        for task in tasks:  # the family is open already; a replaced plan would load another
+            task.__dict__["family"] = self.families[task.name]
+        self.plan = replace(self.plan, tasks=tuple(tasks))
+        return records
 
     def check_same_as_before(self) -> None:
         """A resumed run must see the weights and the data that it started with, mended files apart."""
@@ -259,7 +328,7 @@ class _Run:
         """Whether nothing but files that could not be read is different now."""
         others = [file for file in self.files if str(file) not in before["unreadable"]]
         return bool(before["unreadable"]) and before["others_fingerprint"] == dataset_fingerprint(
-            others, self.plan.root
+            others, self.plan.lead.root
         )
 
     def write_state(self) -> None:
@@ -267,13 +336,14 @@ class _Run:
         if self.rank != 0:
             return
         others = [file for file in self.files if str(file) not in self.unreadable]
+        root = self.plan.lead.root
         state = {
             "backbone": self.request.backbone,
             "weights_sha256": self.weights_sha256,
             "dataset_fingerprint": self.data_fingerprint,
             # Files that stopped the run: they may be mended, everything else must stay as it is.
             "unreadable": sorted(self.unreadable),
-            "others_fingerprint": dataset_fingerprint(others, self.plan.root) if self.unreadable else None,
+            "others_fingerprint": dataset_fingerprint(others, root) if self.unreadable else None,
             "command": self.plan.command,
         }
         write_text_atomically(self.run_dir / RUN_FILE, json.dumps(state, indent=2) + "\n")
@@ -285,22 +355,39 @@ class _Run:
             yield
         except CorruptDataError as error:
             for sample in error.samples:
-                self.unreadable |= {
-                    str(Path(file)) for file in segmentation.sample_files(dataset, sample.index) if file
-                }
+                for family in self.families.values():
+                    self.unreadable |= {str(file) for file in family.sample_files(dataset, sample.index)}
             self.write_state()
             raise
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def train_and_select(self, number: int, trials: list[Trial]) -> _Pass:
+    def train_and_select(self, number: int, trials: list[Trial]) -> Pass:
         """Train the trials of one pass and score them on the held-out images."""
         runner = self.train_pass(number, trials)
         model: SweepModel = runner.model
         diverged = model.divergence()
-        alive = sorted(trial.key for trial in trials if trial.key not in diverged)
-        holdout, unread = self.score_holdout(number, model, alive) if alive and len(self.plan.lrs) > 1 else ({}, [])
-        return _Pass(model, runner.seconds, runner.seconds_before, runner.skipped, holdout, unread, diverged)
+        heads = {key: head for key, head in model.trained_heads().items() if key not in diverged}
+        done = Pass(model, trials, heads, runner.seconds, runner.seconds_before, runner.skipped, diverged=diverged)
+        self.select(done, self.run_dir / f"pass-{number}")
+        return done
+
+    def build_units(self, trials: Sequence[Trial], backbone: Backbone, sync_batch_norm: bool) -> list[Unit]:
+        units: dict[str, Unit] = {}
+        for trial in trials:
+            family = self.families[trial.task]
+            seed_key = f"{self.request.seed}/{trial.head}"  # without the setting: all start from the same parameters
+            if family.fuses(trial.head):
+                key = f"{trial.task}:{trial.head}".replace(".", "_")
+                if key not in units:
+                    own = [one for one in trials if (one.task, one.head) == (trial.task, trial.head)]
+                    settings = {one.key: dict(one.settings) for one in own}
+                    module: torch.nn.Module = family.build_fused(trial.head, backbone, settings, seed_key)
+                    units[key] = Unit(key, tuple(settings), self.bind(trial, module), family.loss)
+            else:
+                module = family.build_head(trial.head, backbone, dict(trial.settings), seed_key, sync_batch_norm)
+                units[trial.key] = Unit(trial.key, (trial.key,), self.bind(trial, module), family.loss)
+        return list(units.values())
 
     def build_model(self, trials: Sequence[Trial]) -> SweepModel:
         frozen = self.request.mode == "frozen"
@@ -308,41 +395,29 @@ class _Run:
         sync_batch_norm = self.plan.world_size > 1 and self.device.type == "cuda"
         if sync_batch_norm and not frozen:
             backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
-        size = self.config.image_size
         return SweepModel(
-            features=LiveFeatures(backbone, (self.config.layer,), frozen=frozen),
-            heads={
-                trial.key: segmentation.build_head(
-                    self.config.heads[trial.head],
-                    backbone,
-                    self.config.layer,
-                    len(self.classes),
-                    # Without the rate: all rates of a head start from the same parameters.
-                    key=f"{self.request.seed}/{trial.head}",
-                    sync_batch_norm=sync_batch_norm,
-                )
-                for trial in trials
-            },
-            preprocess=segmentation.Preprocess(backbone, self.plan.root, crop=(size, size)),
-            loss=segmentation.loss,
+            features=self.live_features(backbone, frozen),
+            units=self.build_units(trials, backbone, sync_batch_norm),
+            preprocess=self.family.preprocess(backbone, self.partners),
             seed=self.request.seed,
             precision=self.request.precision,
-            log_interval=self.config.runtime["log_interval"],
+            log_interval=self.config.runtime.get("log_interval", 50),
         )
 
     def train_pass(self, number: int, trials: list[Trial]) -> ProbeRunner:
         """Train one pass with mmengine's Runner, or finish it, or load it where it is finished already."""
         config, seed = self.config, self.request.seed
         model = self.build_model(trials)
-        lrs = {trial.key: trial.lr for trial in trials}
-        labels = {trial.key: trial.label for trial in trials}
-        stages = schedule(config.lr_schedule, config.steps, config.warmup_steps)
+        labels = {trial.key: self.label(trial) for trial in trials}
+        own = {unit.key: self.plan.task(by_key(trials, unit.trials[0]).task).config for unit in model.units}
+        lrs = {unit.key: 1.0 if unit.key != unit.trials[0] else by_key(trials, unit.key).lr for unit in model.units}
         share = config.batch_size // self.plan.world_size
-        dataset = self.train_set
+        dataset = self.data.train
+        assert dataset is not None  # a family with trained heads has it
         stream = TrainingStream(
             dataset,
             seed,
-            lambda i, e: segmentation.describe_failure(dataset, i, e),
+            lambda i, e: self.family.describe_failure(dataset, i, e),
             self.request.skip_corrupt,
             self.train_indices,
         )
@@ -375,83 +450,195 @@ class _Run:
             return train(
                 model,
                 self.loader(stream, sampler, share),
-                build_optimisers(model, lrs, config.optimizer, config.clip_grad, config.finetune),
-                {key: [dict(stage) for stage in stages] for key in lrs},
+                build_optimisers(model, lrs, own),
+                {
+                    key: schedule(one.lr_schedule, one.steps, one.warmup_steps, one.get("lr_milestones", ()))
+                    for key, one in own.items()
+                },
                 steps=config.steps,
                 seed=seed,
                 device=self.device,
                 work_dir=work_dir,
                 name=f"{self.run_dir.name}-{number}-{time.monotonic_ns()}",
                 on_step=on_step,
-                checkpoint_interval=config.runtime["checkpoint_interval"],
-                log_interval=config.runtime["log_interval"],
+                checkpoint_interval=config.runtime.get("checkpoint_interval", 1000),
+                log_interval=config.runtime.get("log_interval", 50),
             )
+
+    def label(self, trial: Trial) -> str:
+        return trial.label if len(self.plan.tasks) == 1 else f"{trial.task} {trial.label}"
+
+    # --- heads that are not trained ---------------------------------------------------------------------------------
+
+    def fit_and_select(self) -> list[Pass]:
+        """Heads that are computed from features, and those that need nothing, ready for evaluation."""
+        trials = [t for task in self.plan.tasks for t in task.trials if task.kind(t) != "trained"]
+        if not trials:
+            return []
+        started = time.perf_counter()
+        done = self.untrained_pass(trials)
+        self.select(done, self.run_dir / "fitted")
+        done.seconds = time.perf_counter() - started
+        return [done]
+
+    def untrained_pass(self, trials: list[Trial]) -> Pass:
+        model = self.untrained_model()
+        heads: dict[str, BoundHead] = {}
+        for task in self.plan.tasks:
+            for head in task.heads:
+                own = [trial for trial in trials if (trial.task, trial.head) == (task.name, head)]
+                if own and task.family.kind(head) == "fitted":
+                    modules = self.fit(task, head, own, model)
+                else:
+                    seed_key = f"{self.request.seed}/{head}"
+                    modules = {
+                        trial.key: task.family.build_head(head, self.backbone, dict(trial.settings), seed_key)
+                        for trial in own
+                    }
+                for trial in own:
+                    heads[trial.key] = self.bind(trial, modules[trial.key].to(self.device).eval())
+        return Pass(model, trials, heads)
+
+    def loaded_pass(self, trial: Trial, file: Path) -> Pass:
+        """A head that was trained before, from its file."""
+        family, settings = self.families[trial.task], dict(trial.settings)
+        if family.fuses(trial.head):
+            module = family.build_fused(trial.head, self.backbone, {trial.key: settings}, "").member(trial.key)
+        else:
+            module = family.build_head(trial.head, self.backbone, settings, "")
+        module.load_state_dict(load_file(file))
+        return Pass(self.untrained_model(), [trial], {trial.key: self.bind(trial, module.to(self.device).eval())})
+
+    def untrained_model(self) -> SweepModel:
+        """The frozen backbone and the preprocessing, with nothing to train."""
+        model = SweepModel(
+            features=self.live_features(self.backbone, frozen=True),
+            units=(),
+            preprocess=self.family.preprocess(self.backbone, self.partners),
+            seed=self.request.seed,
+            precision=self.request.precision,
+        ).to(self.device)
+        return model.eval()
+
+    def fit(self, task: TaskPlan, head: str, trials: list[Trial], model: SweepModel) -> dict[str, torch.nn.Module]:
+        dataset = self.data.plain_train
+
+        def batches() -> Iterator[dict[str, Any]]:
+            corrupt: list[Any] = []
+            for batch in self.evaluation_loader(dataset, self.train_indices):
+                corrupt += batch["corrupt"]
+                if batch["inputs"]:
+                    yield batch
+            # Only now: all processes stop together, or the others wait for ever.
+            if anywhere(bool(corrupt)) and not self.request.skip_corrupt:
+                raise CorruptDataError([one for part in gather(corrupt) for one in part], "training images")
+
+        work_dir = self.run_dir / "fitted"
+        work_dir.mkdir(exist_ok=True)
+        context = FitContext(
+            source=model.features,
+            preprocess=model.data_preprocessor,
+            batches=batches,
+            count=len(self.train_indices),
+            work_dir=work_dir,
+            device=self.device,
+            autocast=lambda: model.autocast(self.device.type),
+            rank=self.rank,
+            world_size=self.plan.world_size,
+            screen=self.screen,
+            seed=self.request.seed,
+            head=self.bind(trials[0], torch.nn.Identity()),
+        )
+        with self.noting_unreadable(dataset):
+            return task.family.fit(head, {trial.key: dict(trial.settings) for trial in trials}, context)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def score_holdout(self, number: int, model: SweepModel, keys: list[str]) -> tuple[dict[str, float], list[str]]:
-        """Main score of each trial on the held-out images, and those of them that could not be read.
+    def select(self, done: Pass, work_dir: Path) -> None:
+        """Score those trials on the held-out images that are one of several.
 
         Remembered, so that a resumed run does not repeat it.
         """
-        path = self.run_dir / f"pass-{number}" / "holdout.json"
+        contested = {
+            trial.key
+            for trial in done.trials
+            if len(self.families[trial.task].settings(trial.head)) > 1 and trial.key in done.heads
+        }
+        if not contested:
+            return
+        path = work_dir / "holdout.json"
         if agree(path.exists()):
             known = agree(json.loads(path.read_text()) if self.rank == 0 else None)
-            return known["scores"], known["skipped"]
-        evaluation = self.evaluate_split(model, keys, self.holdout_set, self.holdout_indices, "held-out images")
-        scores = {key: evaluation.scores[key][self.plan.metric[0]] for key in keys}
+            done.holdout, done.holdout_skipped = known["scores"], known["skipped"]
+            return
+        dataset = self.data.plain_train
+        evaluation = self.evaluate_split(done, sorted(contested), dataset, self.holdout_indices, "held-out images")
+        for trial in done.trials:
+            if trial.key in contested:
+                done.holdout[trial.key] = evaluation.scores[trial.key][self.families[trial.task].info.metric]
+        done.holdout_skipped = evaluation.skipped
         if self.rank == 0:
-            write_text_atomically(path, json.dumps({"scores": scores, "skipped": evaluation.skipped}))
-        return scores, evaluation.skipped
+            work_dir.mkdir(parents=True, exist_ok=True)
+            state = {"scores": done.holdout, "skipped": evaluation.skipped}
+            write_text_atomically(path, json.dumps(state))
 
     def evaluate_split(
         self,
-        model: SweepModel,
+        done: Pass,
         keys: Sequence[str],
         dataset: Any,
         indices: Sequence[int],
         where: str,
         observer: Any = None,
     ) -> Evaluation:
-        config = self.config.evaluation
-        inference = segmentation.Inference(
-            config["mode"], config["window"], config["stride"], self.config.runtime["window_batch"]
-        )
+        heads: dict[Family, dict[str, BoundHead]] = {}
+        for key in keys:
+            family = self.families[by_key(done.trials, key).task]
+            heads.setdefault(family, {})[key] = done.heads[key]
         share = len(range(self.rank, len(indices), self.plan.world_size))
         with self.screen.progress(f"evaluating {where}", share, "image") as advance, self.noting_unreadable(dataset):
             evaluation = evaluate(
-                model,
-                {key: model.heads[key] for key in keys},
+                done.model,
+                done.model.features,
+                heads,
                 self.evaluation_loader(dataset, indices),
-                len(self.classes),
-                inference,
                 where=where,
                 device=self.device,
                 skip_corrupt=self.request.skip_corrupt,
                 observer=observer,
-                on_image=lambda: advance(1, ""),
+                on_images=lambda count: advance(count, ""),
             )
         return merged(evaluation)
 
-    def choose(self, passes: Sequence[_Pass]) -> dict[str, Trial]:
-        """The best rate of each head, by the held-out score; the smaller rate where they tie.
+    def choose(self, passes: Sequence[Pass]) -> list[tuple[TaskPlan, str, Trial]]:
+        """The best setting of each head, by the held-out score; where they tie the smaller rate, or the first.
 
         Raises:
             DivergedError: Every rate of every head diverged.
         """
         holdout = {key: score for one in passes for key, score in one.holdout.items()}
-        diverged = {key for one in passes for key in one.diverged}
-        sign = 1 if self.plan.metric[1] == "up" else -1
-        best: dict[str, Trial] = {}
-        for head in self.plan.heads:
-            alive = [trial for trial in self.plan.trials if trial.head == head and trial.key not in diverged]
-            if alive:
-                best[head] = max(alive, key=lambda trial: (sign * holdout.get(trial.key, 0.0), -trial.lr))
-            else:
-                self.screen.warn(f"{head}: every learning rate diverged, no record for it")
+        diverged = {key: step for one in passes for key, step in one.diverged.items()}
+        best: list[tuple[TaskPlan, str, Trial]] = []
+        for task in self.plan.tasks:
+            sign = 1 if task.recipe.facts.direction == "up" else -1
+            for head in task.heads:
+                tried = [trial for trial in task.trials if trial.head == head]
+                alive = [trial for trial in tried if trial.key not in diverged]
+                if not alive:
+                    self.screen.warn(f"{head}: every learning rate diverged, no record for it")
+                    continue
+
+                def standing(trial: Trial, tried: list[Trial] = tried, sign: int = sign) -> tuple[float, float]:
+                    settings = dict(trial.settings)
+                    return sign * holdout.get(trial.key, 0.0), -float(settings.get("lr", tried.index(trial)))
+
+                best.append((task, head, max(alive, key=standing)))
         if not best:
-            steps = {key: step for one in passes for key, step in one.diverged.items()}
-            listed = ", ".join(f"{trial.label} at step {steps[trial.key]}" for trial in self.plan.trials)
+            listed = ", ".join(
+                f"{self.label(trial)} at step {diverged[trial.key]}"
+                for trial in self.plan.trials
+                if trial.key in diverged
+            )
             raise DivergedError(
                 f"the loss of every head stopped being finite: {listed}",
                 "Lower the learning rate (--lr), set a gradient clip (--set clip_grad=1.0), or look at the data "
@@ -461,53 +648,63 @@ class _Run:
 
     # --- results ----------------------------------------------------------------------------------------------------
 
-    def report(self, passes: Sequence[_Pass], best: dict[str, Trial]) -> list[Record]:
+    def report(self, passes: Sequence[Pass], best: list[tuple[TaskPlan, str, Trial]]) -> list[Record]:
         """Touch the validation set once, write records, pictures, head weights and the leaderboard."""
-        drafts = {head: self.draft(head, trial, passes) for head, trial in best.items()}
-        metainfo = self.val_set.metainfo
-        sheet = PredictionSheet(metainfo["palette"])
-        if self.shared_sheet:
-            self.shared_sheet.set_palette(metainfo["palette"])
-        evaluations: dict[str, Evaluation] = {}
-        if self.request.mode == "frozen":
-            evaluation = self.evaluate_val(passes[0].model, best, drafts, sheet)
-            evaluations = dict.fromkeys(best, evaluation)
-            self.save_heads(passes[0].model, best, drafts)
-        else:
-            for head, trial in best.items():
-                number = self.plan.trials.index(trial)
-                model = self.train_pass(number, [trial]).model  # finished: only loaded
-                evaluations[head] = self.evaluate_val(model, {head: trial}, drafts, sheet)
-                self.save_heads(model, {head: trial}, drafts)
+        drafts = {trial: self.draft(task, head, trial, passes) for task, head, trial in best}
+        sheets = {task.name: PredictionSheet() for task in self.plan.tasks}
+        evaluations: dict[Trial, Evaluation] = {}
+        for number, one in enumerate(passes):
+            chosen = [trial for trial in drafts if trial in one.trials]
+            if not chosen:
+                continue
+            if self.request.mode == "finetune":  # its backbone was let go
+                model = self.train_pass(number, one.trials).model  # finished: only loaded
+                one = replace(one, model=model, heads=model.trained_heads())
+            evaluation = self.evaluate_val(one, chosen, drafts, sheets)
+            evaluations |= dict.fromkeys(chosen, evaluation)
+            self.save_heads(one, chosen, drafts)
         if self.rank != 0:
             return []
-        sheet.save(self.request.results / self.picture)
-        records = [self.finish(drafts[head], best[head], evaluations[head]) for head in best]
+        for name, sheet in sheets.items():
+            sheet.save(self.request.results / self.picture(name))
+        records = [self.finish(drafts[trial], trial, evaluations[trial]) for _, _, trial in best]
         paths = [write_record(self.request.results, record) for record in records]
         write_leaderboard(self.request.results)
-        for number in range(len(passes)):  # the heads are saved; optimiser states are of no more use
+        for number in range(len(self.plan.passes)):  # the heads are saved; optimiser states are of no more use
             (self.run_dir / f"pass-{number}" / CHECKPOINT).unlink(missing_ok=True)
+        shutil.rmtree(self.run_dir / "fitted", ignore_errors=True)  # features take space
         for split, count in records[0].dataset.skipped_corrupt.items():
             self.screen.warn(f"{count} images of the {split} split could not be read and were left out")
-        names = [path.relative_to(self.request.results).as_posix() for path in paths]
-        (self.run_dir / FINISHED).write_text(json.dumps(names) + "\n")
+        self.note_finished(paths)
         return records
 
-    def draft(self, head: str, trial: Trial, passes: Sequence[_Pass]) -> Record:
+    def note_finished(self, paths: Sequence[Path]) -> None:
+        """Mark the run as finished, with the records that it led to."""
+        names = [path.relative_to(self.request.results).as_posix() for path in paths]
+        (self.run_dir / FINISHED).write_text(json.dumps(names) + "\n")
+
+    def draft(self, task: TaskPlan, head: str, trial: Trial | None, passes: Sequence[Pass]) -> Record:
         """The record as far as it is known before validation; its fingerprint names the artefacts."""
         backbone, entry, output = self.backbone, self.plan.backbone, self.backbone.output
-        fmap = output.maps[self.config.layer]
+        family, facts = task.family, task.recipe.facts
+        kind = family.kind(head)
         holdout = {key: score for one in passes for key, score in one.holdout.items()}
         diverged = {key: step for one in passes for key, step in one.diverged.items()}
-        rates = [one for one in self.plan.trials if one.head == head]
+        settings = [one for one in task.trials if one.head == head]
+        own = [one for one in passes if any((t.task, t.head) == (task.name, head) for t in one.trials)]
         skipped = {
             "train": len({index for one in passes for index in one.skipped}),
             "holdout": len({reason for one in passes for reason in one.holdout_skipped}),
         }
-        protocol = self.plan.protocol(head)
-        if self.plan.world_size > 1 and self.device.type != "cuda":
+        features = [FeatureMap(**asdict(output.maps[layer])) for layer in family.layers(head, output)]
+        if family.reads_global(head):
+            features.append(FeatureMap(name="global", channels=output.global_dim, stride=None))
+        protocol = self.plan.protocol(task, head)
+        if kind == "trained" and self.plan.world_size > 1 and self.device.type != "cuda":
             protocol["batch_norm_processes"] = self.plan.world_size  # no synchronised batch norm on the CPU
-        name, direction = self.plan.metric
+        seconds = sum(one.seconds for one in own)
+        images = len(own) * self.config.steps * self.config.batch_size if kind == "trained" else 0
+        uses_images = kind != "free"
         return Record(
             backbone=BackboneInfo(
                 name=self.request.backbone,
@@ -517,75 +714,75 @@ class _Run:
                 weights=Weights(**asdict(backbone.weights), sha256=self.weights_sha256, file=file_fit(backbone)),
                 floor=self.request.mode == "frozen" and (entry.floor or backbone.weights.origin == "random"),
                 input=asdict(backbone.input),
-                features=(FeatureMap(**asdict(fmap)),),
+                features=tuple(features),
+                text=output.text,
             ),
-            task=self.plan.recipe.name,
+            task=task.name,
             head=head,
             mode=self.request.mode,
+            needs_text=facts.needs_text,
+            joint=tuple(other.name for other in self.plan.tasks if other.name != task.name),
             dataset=DatasetInfo(
-                name=self.plan.recipe.dataset,
-                fingerprint=self.data_fingerprint,
-                n_train=len(self.train_indices) - skipped["train"],
-                n_holdout=len(self.holdout_indices) - skipped["holdout"],
-                n_val=len(self.val_set),
+                name=task.recipe.dataset,
+                fingerprint=self.fingerprints[task.name],
+                n_train=len(self.train_indices) - skipped["train"] if uses_images else 0,
+                n_holdout=len(self.holdout_indices) - skipped["holdout"] if uses_images else 0,
+                n_val=len(self.data.val),
                 skipped_corrupt={split: count for split, count in skipped.items() if count},
             ),
-            metric=Score(name=name, direction=direction, unit="%"),
-            scores={name: 0.0},
+            metric=Score(name=facts.metric, direction=facts.direction, unit=facts.unit, digits=facts.digits),
+            scores={facts.metric: 0.0},
             selection=Selection(
                 trials=tuple(
-                    TriedRate(
-                        lr=one.lr,
+                    TriedSettings(
+                        settings=dict(one.settings),
                         holdout=holdout.get(one.key),
                         status=f"diverged at step {diverged[one.key]}" if one.key in diverged else "ok",
                     )
-                    for one in rates
+                    for one in settings
                 ),
-                chosen_lr=trial.lr,
-            ),
+                chosen=dict(trial.settings),
+            )
+            if trial is not None and trial.settings
+            else None,
             protocol=protocol,
             precision=self.request.precision,
             seed=self.request.seed,
             environment=environment(str(self.device)),
             timings=Timings(
                 wall_s=sum(one.seconds_before for one in passes),
-                train_s=sum(one.seconds for one in passes),
-                train_images_per_s=len(passes)
-                * self.config.steps
-                * self.config.batch_size
-                / max(sum(one.seconds for one in passes), 1e-9),
-                heads_in_pass=len(self.plan.passes[0]),
+                train_s=seconds,
+                train_images_per_s=images / max(seconds, 1e-9) if images else None,
+                heads_in_pass=max((len(one.trials) for one in passes if trial in one.trials), default=1),
             ),
+            notes=tuple(family.notes(head)),
             command=self.plan.command,
         )
 
     def evaluate_val(
-        self, model: SweepModel, best: dict[str, Trial], drafts: dict[str, Record], sheet: PredictionSheet
+        self, done: Pass, chosen: Sequence[Trial], drafts: dict[Trial, Record], sheets: dict[str, PredictionSheet]
     ) -> Evaluation:
-        """Score the chosen heads on the validation set, keeping per-image counts and a few pictures."""
-        heads = {trial.key: head for head, trial in best.items()}
+        """Score the chosen heads on the validation set, keeping per-image columns and a few pictures."""
+        trials = {trial.key: trial for trial in chosen}
         writers = {
             key: PerImageWriter(
-                self.request.results / self.artefact("per_image", drafts[head], ".npz"),
+                self.request.results / self.artefact("per_image", drafts[trial], ".npz"),
                 part=self.rank,
                 parts=self.plan.world_size,
             )
-            for key, head in heads.items()
+            for key, trial in trials.items()
         }
 
-        def observe(key: str, target: segmentation.Target, prediction: torch.Tensor, counts: torch.Tensor) -> None:
-            writers[key].add(target.name, **segmentation_rows(*counts.numpy()))
-            if self.rank == 0 and sheet.wants(target.name):
-                truth, classes = target.label.numpy().astype("uint8"), prediction.cpu().numpy()
-                sheet.add(target.name, target.path, truth, heads[key], classes)
-                if self.shared_sheet:
-                    caption = f"{self.request.backbone}\n{heads[key]}"
-                    self.shared_sheet.add(target.name, target.path, truth, caption, classes)
+        def observe(key: str, targets: Sequence[Any], predictions: Any, columns: Columns) -> None:
+            writers[key].extend([target.name for target in targets], columns)
+            if self.rank == 0:
+                self.show(trials[key], targets, predictions, sheets[trials[key].task])
 
         evaluation = self.evaluate_split(
-            model, list(heads), self.val_set, range(len(self.val_set)), "validation images", observe
+            done, list(trials), self.data.val, range(len(self.data.val)), "validation images", observe
         )
-        for writer in writers.values():
+        for key, writer in writers.items():
+            writer.extend(*evaluation.late_rows[key])
             writer.close()
         barrier()
         if self.rank == 0 and self.plan.world_size > 1:
@@ -593,51 +790,74 @@ class _Run:
                 merge_parts(writer.path, self.plan.world_size)
         return evaluation
 
-    def save_heads(self, model: SweepModel, best: dict[str, Trial], drafts: dict[str, Record]) -> None:
+    def show(self, trial: Trial, targets: Sequence[Any], predictions: Any, sheet: PredictionSheet) -> None:
+        """Put the predictions of the first few images on the sheets."""
+        family = self.families[trial.task]
+        for target, prediction in zip(targets, predictions, strict=True):
+            if not sheet.wants(target.name):
+                return
+            pictures = family.picture(target)
+            if pictures is None:
+                return
+            drawn = family.draw(target, prediction)
+            sheet.add(target.name, *pictures, trial.head, drawn)
+            if self.shared_sheet:
+                self.shared_sheet.add(target.name, *pictures, f"{self.request.backbone}\n{trial.head}", drawn)
+
+    def save_heads(self, done: Pass, chosen: Sequence[Trial], drafts: dict[Trial, Record]) -> None:
         """The trained heads, so that a number can be looked into; fine-tuned, the backbone too, as `ckpt:` takes it."""
         if self.rank != 0:
             return
-        for head, trial in best.items():
-            path = self.request.results / self.artefact("head", drafts[head], ".safetensors")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {
-                "clipbench.backbone": self.plan.backbone.source,
-                "clipbench.head": json.dumps(dict(self.config.heads[head])),
-                "clipbench.lr": repr(trial.lr),
-                "clipbench.fingerprint": drafts[head].fingerprint,
-            }
-            save_tensors(path, model.heads[trial.key].state_dict(), metadata)
-            backbone = model.features.backbone
-            if not model.features.frozen and (state := backbone.export_state()) is not None:
-                path = self.request.results / self.artefact("backbone", drafts[head], ".safetensors")
-                save_tensors(path, state, {"clipbench.architecture": backbone.architecture})
+        for trial in chosen:
+            state = done.heads[trial.key].module.state_dict()
+            if state:
+                path = self.request.results / self.artefact("head", drafts[trial], ".safetensors")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                metadata = {
+                    "clipbench.backbone": self.plan.backbone.source,
+                    "clipbench.head": json.dumps(dict(self.plan.task(trial.task).config.heads[trial.head])),
+                    "clipbench.settings": json.dumps(dict(trial.settings)),
+                    "clipbench.fingerprint": drafts[trial].fingerprint,
+                }
+                save_tensors(path, state, metadata)
+            features = done.model.features
+            if not features.frozen and (exported := features.backbone.export_state()) is not None:
+                path = self.request.results / self.artefact("backbone", drafts[trial], ".safetensors")
+                save_tensors(path, exported, {"clipbench.architecture": features.backbone.architecture})
 
     def artefact(self, kind: str, draft: Record, suffix: str) -> str:
         """Path of an artefact relative to the results folder."""
         stem = record_stem(draft.backbone.name, draft.head, draft.fingerprint)
         if kind in ("head", "backbone"):  # weights stay out of version control with the rest of the run
-            name = f"{stem}.{kind}{suffix}"
+            task = "" if len(self.families) == 1 else f"{draft.task}__"
+            name = f"{task}{stem}.{kind}{suffix}"
             return (self.run_dir / name).relative_to(self.request.results).as_posix()
-        return f"{kind}/{self.plan.recipe.name}/{stem}{suffix}"
+        return f"{kind}/{slug(draft.task)}/{stem}{suffix}"
 
-    @property
-    def picture(self) -> str:
-        """Path of the sheet that all heads of the run share, relative to the results folder."""
-        return f"pictures/{self.plan.recipe.name}/{slug(self.request.backbone)}__{self.plan.run_hash}.png"
+    def picture(self, task: str) -> str:
+        """Path of the sheet that all heads of a task share, relative to the results folder."""
+        return f"pictures/{slug(task)}/{slug(self.request.backbone)}__{self.plan.run_hash}.png"
 
     def finish(self, draft: Record, trial: Trial, evaluation: Evaluation) -> Record:
         timing = evaluation.timing
         skipped = dict(draft.dataset.skipped_corrupt)
         if evaluation.skipped:
             skipped["val"] = len(evaluation.skipped)
+        artefacts = {
+            "head": self.artefact("head", draft, ".safetensors"),
+            "backbone": self.artefact("backbone", draft, ".safetensors"),
+            "log": (self.run_dir / "log.txt").relative_to(self.request.results).as_posix(),
+            "per_image": self.artefact("per_image", draft, ".npz"),
+            "picture": self.picture(draft.task),
+        }
         return Record(
             **{
                 **draft.model_dump(exclude={"protocol_id", "fingerprint", "created"}),
                 "scores": evaluation.scores[trial.key],
-                "per_class": dict(zip(self.classes, evaluation.per_class[trial.key], strict=True)),
+                "per_class": evaluation.per_class[trial.key],
                 "dataset": {
                     **draft.dataset.model_dump(),
-                    "n_val": len(self.val_set) - len(evaluation.skipped),
+                    "n_val": len(self.data.val) - len(evaluation.skipped),
                     "skipped_corrupt": skipped,
                 },
                 "timings": {
@@ -650,18 +870,14 @@ class _Run:
                     "metric_s": timing.metric,
                 },
                 "memory": peak_memory(str(self.device)).model_dump(),
-                "artefacts": {
-                    **{
-                        kind: path
-                        for kind in ("head", "backbone")
-                        if (self.request.results / (path := self.artefact(kind, draft, ".safetensors"))).exists()
-                    },
-                    "log": (self.run_dir / "log.txt").relative_to(self.request.results).as_posix(),
-                    "per_image": self.artefact("per_image", draft, ".npz"),
-                    "picture": self.picture,
-                },
+                "artefacts": {kind: path for kind, path in artefacts.items() if (self.request.results / path).exists()},
             }
         )
+
+
+def by_key(trials: Sequence[Trial], key: str) -> Trial:
+    """The trial of a key."""
+    return next(trial for trial in trials if trial.key == key)
 
 
 def finished_records(plan: Plan, run_dir: Path) -> list[Record]:

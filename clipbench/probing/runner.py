@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from clipbench.data.stream import CorruptDataError, CorruptSample
 from clipbench.errors import ClipbenchError
 from clipbench.probing.model import SweepModel, SweepOptimWrapper
-from clipbench.probing.processes import anywhere, average_buffers, gather, rank
+from clipbench.processes import anywhere, average_buffers, gather, rank
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -223,23 +223,19 @@ def checkpoint_meta(work_dir: Path) -> dict[str, Any]:
 
 
 def build_optimisers(
-    model: SweepModel,
-    lrs: Mapping[str, float],
-    optimizer: Mapping[str, Any],
-    clip_grad: float | None,
-    finetune: Mapping[str, Any],
+    model: SweepModel, lrs: Mapping[str, float], configs: Mapping[str, Mapping[str, Any]]
 ) -> OptimWrapperDict:
-    """One optimiser a head; where the backbone is trained, the only head's optimiser has it too.
+    """One optimiser a unit; where the backbone is trained, the only unit's optimiser has it too.
 
     Args:
-        model: Heads by trial key.
-        lrs: Learning rate by trial key.
-        optimizer: mmengine config without `lr`.
-        clip_grad: Largest gradient norm of one head's optimiser, or None.
-        finetune: `backbone_lr_factor` and `layer_decay`.
+        model: Its units.
+        lrs: Learning rate by unit key; 1 for a `FusedHead`, whose rates are factors of its losses.
+        configs: The recipe of each unit, of which `optimizer` (mmengine config without `lr`), `clip_grad` (largest
+            gradient norm of one unit, or None) and `finetune` (`backbone_lr_factor`, `layer_decay`) are read.
     """
     wrappers = {}
     for key, head in model.heads.items():
+        optimizer, clip_grad, finetune = (configs[key][name] for name in ("optimizer", "clip_grad", "finetune"))
         groups: list[dict[str, Any]] = [{"params": list(head.parameters()), "lr": lrs[key]}]
         if not model.features.frozen:
             groups += model.features.backbone.layer_decay_groups(
@@ -253,10 +249,11 @@ def build_optimisers(
     return OptimWrapperDict(**wrappers)
 
 
-def schedule(kind: str, steps: int, warmup: int) -> list[dict[str, Any]]:
-    """mmengine scheduler configs: linear warm-up, then `poly` (power 0.9) or `cosine` to zero at `steps`.
+def schedule(kind: str, steps: int, warmup: int, milestones: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """mmengine scheduler configs: linear warm-up, then a decay.
 
-    The rate is the full one from step `warmup` − 1 on (counted from 0), where the decay begins.
+    `poly` (power 0.9) and `cosine` fall to zero at `steps`; `multistep` falls to a tenth at each of `milestones`;
+    `constant` stays. The rate is the full one from step `warmup` − 1 on (counted from 0), where the decay begins.
     """
     stages: list[dict[str, Any]] = []
     if warmup < 2:
@@ -266,8 +263,10 @@ def schedule(kind: str, steps: int, warmup: int) -> list[dict[str, Any]]:
     span = {"by_epoch": False, "begin": warmup, "end": steps, "eta_min": 0.0}
     if kind == "poly":
         stages.append({"type": "PolyLR", "power": 0.9, **span})
-    else:
+    elif kind == "cosine":
         stages.append({"type": "CosineAnnealingLR", "T_max": steps - warmup, **span})
+    elif kind == "multistep":
+        stages.append({"type": "MultiStepLR", "milestones": list(milestones), "gamma": 0.1, "by_epoch": False})
     return stages
 
 

@@ -2,93 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from clipbench.probing.plan import Plan
 from clipbench.results import Record
 from clipbench.results.record import record_path
 
+if TYPE_CHECKING:
+    from clipbench.backbones.base import Description
+    from clipbench.probing.grid import Outcome
 
-def describe_plan(plan: Plan) -> dict[str, Any]:
-    """A plan as plain JSON types, after everything in it was built once. Loads no weights."""
+SHOWN_SCORES = 8  # of a record's; all of them stand in its file
+
+
+def describe_plans(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Plans as plain JSON types, after everything in them was built once. Loads no weights."""
     from clipbench import mmlab
     from clipbench.backbones import describe
 
-    mmlab.setup()
+    mmlab.setup(detection=any(plan.lead.recipe.family == "detection" for plan in plans))
 
-    from clipbench.probing.preflight import check_parts
+    from clipbench.probing.preflight import check_parts, join
 
-    description = describe(plan.backbone)
-    check_parts(plan, description.output)
-    fmap = description.output.maps[plan.config.layer]
-    request = plan.request
+    description = describe(plans[0].backbone)
+    described = []
+    for plan in join(plans):
+        check_parts(plan, description.output)
+        described.append(_describe(plan, description))
+    return described
+
+
+def _describe(plan: Plan, description: Description) -> dict[str, Any]:
+    request, config = plan.request, plan.lead.config
+    maps = sorted(
+        {layer for task in plan.tasks for head in task.heads for layer in task.family.layers(head, description.output)}
+    )
+    read = [asdict(description.output.maps[layer]) for layer in maps]
+    trained = bool(plan.passes)
+    schedule = {
+        "backbone_passes": len(plan.passes),
+        "steps": config.get("steps"),
+        "batch_size": config.get("batch_size"),
+        "image_size": config.get("image_size"),
+        "images_through_the_backbone": config.get("steps", 0) * config.get("batch_size", 0) * len(plan.passes),
+    }
     return {
         "backbone": request.backbone,
         "source": plan.backbone.source,
         "weights": f"{description.weights.origin}: {description.weights.source}",
-        "feature_map": {"name": fmap.name, "channels": fmap.channels, "stride": fmap.stride},
-        "task": plan.recipe.name,
-        "recipe": str(plan.recipe.path),
-        "data": str(plan.root),
+        "feature_maps": read,
+        "tasks": [task.name for task in plan.tasks],
+        "recipes": [str(task.recipe.path) for task in plan.tasks],
+        "data": str(plan.lead.root),
         "mode": request.mode,
-        "heads": list(plan.heads),
-        "lrs": list(plan.lrs),
-        "backbone_passes": len(plan.passes),
-        "steps": plan.config.steps,
-        "batch_size": plan.config.batch_size,
-        "image_size": plan.config.image_size,
-        "evaluation": plan.protocol(plan.heads[0])["evaluation"],
+        "heads": {task.name: list(task.heads) for task in plan.tasks},
+        "trials": {trial.key: dict(trial.settings) for trial in plan.trials if trial.settings},
+        **(schedule if trained else {}),
+        "evaluation": plan.protocol(plan.lead, plan.lead.heads[0], opened=False)["evaluation"],
         "precision": request.precision,
         "seed": request.seed,
         "processes": plan.world_size,
-        "images_through_the_backbone": plan.config.steps * plan.config.batch_size * len(plan.passes),
         "results": str(request.results),
     }
 
 
-def print_plan(description: dict[str, Any]) -> None:
+def print_plan(description: Mapping[str, Any]) -> None:
     """Show a plan on stdout."""
     table = Table(title="plan (nothing was started)", title_justify="left", show_header=False, box=None)
     for key, value in description.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), _plain(value))
     Console(soft_wrap=True).print(table)
 
 
+def _plain(value: Any) -> str:
+    """A value for people: no braces, no quotes."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def print_records(records: Sequence[Record], results: Path) -> None:
-    """Show finished records and where everything lies, on stdout."""
+    """Show finished records and where everything lies, on stdout: a table a task."""
     console = Console(soft_wrap=True, highlight=False)
-    first = records[0]
-    table = Table(title=f"{first.backbone.name} on {first.task} ({first.mode})", title_justify="left")
-    table.add_column("head")
-    table.add_column("lr", justify="right")
-    names = list(first.scores)
-    for name in names:
-        table.add_column(f"{name} {first.metric.arrow}", justify="right")
-    for record in records:
-        chosen = record.selection.chosen_lr if record.selection else float("nan")
-        tried = len(record.selection.trials) if record.selection else 1
-        table.add_row(
-            record.head,
-            f"{chosen:g}" + (f" of {tried}" if tried > 1 else ""),
-            *(f"{record.scores[name]:.2f}" for name in names),
+    for task in dict.fromkeys(record.task for record in records):
+        own = [record for record in records if record.task == task]
+        first = own[0]
+        table = Table(title=f"{first.backbone.name} on {task} ({first.mode})", title_justify="left")
+        table.add_column("head")
+        chosen = [dict(record.selection.chosen) if record.selection else {} for record in own]
+        if any(chosen):
+            table.add_column("chosen")
+        names = list(first.scores)[:SHOWN_SCORES]
+        for name in names:
+            table.add_column(f"{name} {first.metric.arrow}" if name == first.metric.name else name, justify="right")
+        for record, settings in zip(own, chosen, strict=True):
+            tried = len(record.selection.trials) if record.selection else 1
+            words = [_plain(settings) + (f" of {tried}" if tried > 1 else "")] if any(chosen) else []
+            values = (f"{record.scores[name]:.{first.metric.digits}f}" for name in names)
+            table.add_row(record.head, *words, *values)
+        console.print(table)
+        timing = first.timings
+        training = ""
+        if timing.train_images_per_s:
+            training = (
+                f"training {timing.train_s or 0:.0f} s ({timing.train_images_per_s:.1f} images/s, "
+                f"{timing.heads_in_pass} heads in one pass), "
+            )
+        console.print(
+            f"{timing.wall_s:.0f} s in all: {training}evaluation {timing.eval_s or 0:.0f} s "
+            f"({timing.eval_images_per_s or 0:.1f} images/s)"
         )
+        for record in own:
+            console.print(f"record: {record_path(results, record)}")
+        if "picture" in first.artefacts:
+            console.print(f"picture: {results / first.artefacts['picture']}")
+    console.print(f"leaderboard: {results / 'leaderboard.md'}")
+
+
+def print_outcomes(outcomes: Sequence[Outcome], results: Path) -> None:
+    """Show what became of a grid's rows, and why some did not, on stdout."""
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table(title="what happened", title_justify="left")
+    for name in ("backbone", "task", "state"):
+        table.add_column(name)
+    table.add_column("s", justify="right")
+    table.add_column("scores")
+    for outcome in outcomes:
+        several = "," in outcome.task
+        scores = [
+            f"{f'{record.task} ' if several else ''}{record.head} {record.value:.{record.metric.digits}f}"
+            for record in outcome.records
+        ]
+        colour = {"failed": "red", "stopped": "yellow", "n/a": "dim"}.get(outcome.state, "green")
+        seconds = f"{outcome.seconds:.0f}" if outcome.seconds else ""
+        state = f"[{colour}]{outcome.state}[/]"
+        table.add_row(escape(outcome.backbone), escape(outcome.task), state, seconds, ", ".join(scores))
     console.print(table)
-    timing = first.timings
-    console.print(
-        f"{timing.wall_s:.0f} s in all: training {timing.train_s or 0:.0f} s ({timing.train_images_per_s or 0:.1f} "
-        f"images/s, {timing.heads_in_pass} heads in one pass), evaluation {timing.eval_s or 0:.0f} s "
-        f"({timing.eval_images_per_s or 0:.1f} images/s)"
-    )
-    for record in records:
-        console.print(f"record: {record_path(results, record)}")
-    console.print(f"picture: {results / first.artefacts['picture']}")
+    for outcome in outcomes:
+        if outcome.message:
+            console.print(Text(f"{outcome.state}: {outcome.backbone}, {outcome.task}\n  {outcome.message}"))
     console.print(f"leaderboard: {results / 'leaderboard.md'}")

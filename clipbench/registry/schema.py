@@ -30,7 +30,24 @@ from clipbench.registry.sources import Source, WeightsKind, expand_home, parse_s
 
 VERSION = 1
 
-Layout = Literal["ade20k", "voc2012", "coco", "nyuv2", "imagenet", "places365", "flickr30k", "webdataset", "toyworld"]
+Layout = Literal[
+    "ade20k",
+    "voc2012",
+    "pascal-context",
+    "coco-stuff",
+    "cityscapes",
+    "coco",
+    "nyuv2",
+    "nyuv2-labeled",
+    "imagenet",
+    "places365",
+    "imagefolder",
+    "webdataset",
+    "flickr30k",
+    "coco-karpathy",
+    "clip-benchmark",
+    "toyworld",
+]
 ExpertTask = Literal["segmentation", "depth", "normals"]
 ResizeMode = Literal["crop", "squash", "longest"]
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
@@ -81,9 +98,8 @@ def _located(source: Source, info: ValidationInfo) -> Source:
     if source.kind == "ckpt":
         behind = source.architecture and _located(source.architecture, info)
         return replace(source, name=str(_local_path(Path(source.name), info)), architecture=behind)
-    if source.is_folder:
-        name = str(_local_path(Path(source.name), info))
-        return replace(source, name=name if name[0] in "./" else f"./{name}")
+    if source.folder is not None:
+        return source.with_folder(str(_local_path(Path(source.folder), info)))
     return source
 
 

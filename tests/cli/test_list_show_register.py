@@ -242,7 +242,7 @@ def test_suites_with_unknown_tasks_are_refused(run, command):
     Path("registry.yaml").write_text("version: 1\nsuites:\n  s:\n    tasks:\n    - voc2012\n    - ade20\n")
     status, _, err = run(*command)
     assert status == 2
-    assert "registry.yaml:6: suite 's': unknown task 'ade20'; did you mean 'ade20k'?" in err
+    assert "registry.yaml:6: suite 's': unknown task 'ade20'; did you mean 'ade20k'" in err
     assert run("list", "backbones")[0] == 0  # names no task and reads no recipe
 
 

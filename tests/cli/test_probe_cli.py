@@ -146,9 +146,9 @@ def test_dry_run_shows_the_plan_and_writes_nothing(clipbench, tiny_ade20k, tmp_p
         *("--head", "linear", "--lr", "1e-3,3e-3", "--image-size", "128", "--dry-run", "--json"),
     )
     assert status == 0
-    plan = json.loads(out)
+    [plan] = json.loads(out)
     assert plan["weights"].startswith("pretrained")
-    assert plan["lrs"] == [1e-3, 3e-3]
+    assert list(plan["trials"].values()) == [{"lr": 1e-3}, {"lr": 3e-3}]
     assert plan["evaluation"] == {"mode": "slide", "window": 128, "stride": 85}
     assert not (tmp_path / "results").exists()
 
@@ -160,7 +160,9 @@ def test_errors_are_json_with_json(clipbench):
     assert err == ""
 
 
-@pytest.mark.parametrize("verb", ["probe", "list", "show", "register", "data", "leaderboard", "diff", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["probe", "evaluate", "list", "show", "register", "data", "leaderboard", "diff", "demo"]
+)
 def test_every_verb_has_help(clipbench, verb):
     status, out, _ = clipbench(verb, "--help")
     assert status == 0

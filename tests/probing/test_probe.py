@@ -34,7 +34,7 @@ def test_a_head_in_a_sweep_ends_as_it_would_alone(request_for, head_parameters):
     probe(sweep)
     for head in ("linear", "pspnet"):
         chosen = json.loads(next(Path("sweep/records/ade20k").glob(f"*__{head}__*.json")).read_text())
-        rate = chosen["selection"]["chosen_lr"]
+        rate = chosen["selection"]["chosen"]["lr"]
         probe(replace(sweep, heads=(head,), lrs=(rate,), results=Path(f"alone-{head}")))
         assert equal(head_parameters("sweep", head), head_parameters(f"alone-{head}", head))
 
@@ -95,9 +95,10 @@ def test_record_tells_all(request_for):
         "stride": 8,
     }
     assert (record.dataset.n_train, record.dataset.n_holdout, record.dataset.n_val) == (18, 2, 7)
-    assert [trial.lr for trial in record.selection.trials] == [1e-3, 1e-2]
+    assert [trial.settings["lr"] for trial in record.selection.trials] == [1e-3, 1e-2]
     assert all(trial.holdout is not None for trial in record.selection.trials)
-    assert record.selection.chosen_lr == max(record.selection.trials, key=lambda trial: (trial.holdout, -trial.lr)).lr
+    best = max(record.selection.trials, key=lambda trial: (trial.holdout, -trial.settings["lr"]))
+    assert record.selection.chosen == best.settings
     assert record.seed == 3
     assert record.protocol["steps"] == 6
     assert record.protocol["head"]["type"] == "LinearHead"
@@ -123,10 +124,10 @@ def test_validation_is_touched_once_and_selection_uses_training_images(request_f
     seen = []
     original = run.evaluate
 
-    def spy(model, heads, loader, *args, **kwargs):
+    def spy(model, source, heads, loader, *args, **kwargs):
         names = {loader.dataset.dataset.get_data_info(i)["img_path"] for i in loader.dataset._indices}
-        seen.append((sorted(heads), {Path(name).parent.name for name in names}))
-        return original(model, heads, loader, *args, **kwargs)
+        seen.append(([key for bound in heads.values() for key in bound], {Path(name).parent.name for name in names}))
+        return original(model, source, heads, loader, *args, **kwargs)
 
     monkeypatch.setattr(run, "evaluate", spy)
     probe(request_for(heads=("linear", "pspnet"), lrs=(1e-3, 1e-2), overrides=PSP_SMALL))
@@ -267,32 +268,34 @@ def test_resume_refuses_other_weights(request_for, own_code, monkeypatch):
 
 
 def test_a_rate_that_diverges_is_left_out_and_the_others_go_on(request_for, monkeypatch, head_parameters):
-    from clipbench.probing import run, segmentation
+    from clipbench.probing.families.segmentation import Segmentation
 
     calls = {"count": 0}
+    victims = []
+    build, loss = Segmentation.build_head, Segmentation.loss
 
-    def explode(head, features, labels):
-        value = segmentation.loss(head, features, labels)
-        if head is explode.victim:
+    def watched(self, head, backbone, settings, *args, **kwargs):
+        built = build(self, head, backbone, settings, *args, **kwargs)
+        victims.extend([built] if settings["lr"] == 1e-2 else [])
+        return built
+
+    def explode(self, head, features, targets):
+        value = loss(self, head, features, targets)
+        if any(head is victim for victim in victims):
             calls["count"] += 1
             return value * (float("nan") if calls["count"] >= 3 else 1.0)
         return value
 
-    original = run.SweepModel
-
-    def build(*args, loss, heads, **kwargs):
-        explode.victim = heads["linear@0_01"]
-        return original(*args, loss=explode, heads=heads, **kwargs)
-
-    monkeypatch.setattr(run, "SweepModel", build)
+    monkeypatch.setattr(Segmentation, "build_head", watched)
+    monkeypatch.setattr(Segmentation, "loss", explode)
     [record] = probe(request_for(lrs=(1e-3, 1e-2)))
-    assert {trial.lr: trial.status for trial in record.selection.trials} == {
+    assert {trial.settings["lr"]: trial.status for trial in record.selection.trials} == {
         1e-3: "ok",
         1e-2: "diverged at step 3",
     }
-    assert record.selection.chosen_lr == 1e-3
+    assert record.selection.chosen == {"lr": 1e-3}
     assert calls["count"] == 3  # no more work for it once it was noticed
-    monkeypatch.setattr(run, "SweepModel", original)
+    monkeypatch.setattr(Segmentation, "loss", loss)
     probe(request_for(lrs=(1e-3,), results=Path("alone")))
     assert equal(head_parameters("results"), head_parameters("alone"))
 
@@ -300,7 +303,7 @@ def test_a_rate_that_diverges_is_left_out_and_the_others_go_on(request_for, monk
 def test_a_rate_that_diverges_while_fine_tuning_does_not_end_the_others(request_for):
     [record] = probe(request_for(mode="finetune", lrs=(1e-3, 1e30), steps=8))
     assert [trial.status.split()[0] for trial in record.selection.trials] == ["ok", "diverged"]
-    assert record.selection.chosen_lr == 1e-3
+    assert record.selection.chosen == {"lr": 1e-3}
 
 
 @pytest.mark.parametrize("kind", ["poly", "cosine"])
@@ -326,11 +329,11 @@ def test_the_rate_is_full_after_the_warm_up_and_falls_to_zero(kind, warmup):
 
 
 def test_everything_diverging_is_an_error_that_says_where(request_for, monkeypatch):
-    from clipbench.probing import run
+    from clipbench.probing.families.segmentation import Segmentation
     from clipbench.probing.runner import DivergedError
 
     monkeypatch.setattr(
-        run.segmentation, "loss", lambda head, features, labels: head(features.maps).sum() * float("inf")
+        Segmentation, "loss", lambda self, head, features, labels: head(features.maps).sum() * float("inf")
     )
     with pytest.raises(DivergedError, match=r"linear, lr 0\.01 at step 1"):
         probe(request_for())

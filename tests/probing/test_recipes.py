@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from clipbench.backbones.base import FeatureMap, OutputSpec
+from clipbench.backbones.patch_embeddings import VARIANTS
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.paths import shipped
-from clipbench.probing.recipes import REQUIRED, catalogue, find_recipe, load_recipe, parse_set, protocol_of
+from clipbench.probing.families import load_family
+from clipbench.probing.knobs import check_knobs
+from clipbench.probing.recipes import catalogue, find_recipe, load_recipe, parse_set, protocol_of
 
-TASKS = sorted(path.stem.replace("_", "-") for path in shipped("probes").glob("*.py"))
+TASKS = sorted(path.stem.replace("_", "-") for path in shipped("probes").glob("*.py") if path.stem != "clip_benchmark")
 
 
 def test_shipped_tasks():
@@ -23,25 +27,32 @@ def test_shipped_tasks():
 def test_every_shipped_recipe_is_whole(task, openmmlab):
     info = find_recipe(task)
     config = load_recipe(info, {})
-    assert set(REQUIRED) <= set(config.keys())
+    assert set(info.facts.knobs) <= set(config.keys())
+    check_knobs(config.to_dict())
     assert info.summary
     assert f"--task {task}" in info.header
     assert tuple(config.heads) == info.heads
 
 
+BLOCKS = tuple(FeatureMap(f"block{i}", 48, 16) for i in range(12))
+PLAIN = OutputSpec(BLOCKS, 32, plain=True, text=True, joint_dim=32, patch_variants=VARIANTS)
+STAGES = OutputSpec(
+    tuple(FeatureMap(f"stage{i}", 8 << i, 4 << i) for i in range(4)), 32, plain=False, text=True, joint_dim=32
+)
+
+
+@pytest.mark.parametrize("output", [PLAIN, STAGES], ids=["plain", "stages"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_head_and_transform_of_a_recipe_builds(task, openmmlab, tiny_backbone):
-    import torch
-    from mmseg.registry import TRANSFORMS
-
-    from clipbench.probing.segmentation import build_head
-
-    config = load_recipe(find_recipe(task), {"image_size": 64})
-    for step in [*config.train_pipeline, *config.test_pipeline]:
-        TRANSFORMS.build(dict(step))
-    for name, head_config in config.heads.items():
-        head = build_head(head_config, tiny_backbone, config.layer, 5, name).eval()
-        assert head([torch.rand(1, 16, 8, 8)]).shape == (1, 5, 8, 8)
+def test_every_part_of_a_recipe_builds(task, output, openmmlab, tmp_path):
+    """Heads around a plain ViT and around a hierarchical model, transforms, optimiser."""
+    info = find_recipe(task)
+    for head in info.heads:
+        config = load_recipe(info, {}, head)
+        family = load_family(info.family)(config, tmp_path)
+        if info.family == "open-vocabulary" and not output.plain:
+            continue  # patch tokens only
+        assert family.check((head,), output) == []
+        assert family.settings(head)
 
 
 def test_what_follows_from_a_knob_follows_its_override():
@@ -136,4 +147,31 @@ def test_broken_recipes_are_reported_together():
 
 
 def test_runtime_settings_are_no_part_of_the_protocol():
-    assert "runtime" not in protocol_of(load_recipe(find_recipe("ade20k"), {}))
+    protocol = protocol_of(load_recipe(find_recipe("ade20k"), {}), "linear", "trained")
+    assert "runtime" not in protocol
+    assert protocol["head"]["type"] == "LinearHead"
+
+
+def test_heads_that_are_not_trained_do_not_depend_on_the_schedule():
+    config = load_recipe(find_recipe("imagenet"), {})
+    trained, fitted = (protocol_of(config, head, kind) for head, kind in (("linear", "trained"), ("knn", "fitted")))
+    assert {"steps", "lrs", "optimizer", "train_data"} <= set(trained)
+    assert not {"steps", "lrs", "optimizer"} & set(fitted)
+    assert "train_data" in fitted  # its features are what it is made of
+
+
+def test_a_head_may_have_knobs_of_its_own_which_flags_win_over():
+    info = find_recipe("coco")
+    mask_rcnn, ssd = load_recipe(info, {}, "mask-rcnn"), load_recipe(info, {}, "ssd")
+    assert (mask_rcnn.image_size, ssd.image_size) == (800, 384)
+    assert ssd.lr_milestones == [ssd.steps * 8 // 12, ssd.steps * 11 // 12]
+    assert load_recipe(info, {"image_size": 512}, "ssd").image_size == 512
+
+
+def test_the_sets_of_clip_benchmark_share_a_recipe():
+    info = find_recipe("cb-vtab-flowers")
+    assert info.name == "cb-vtab-flowers"
+    assert load_recipe(info, {}).val_data["name"] == "vtab/flowers"
+    assert "clip-benchmark" not in [recipe.name for recipe in catalogue()]
+    with pytest.raises(UnknownNameError, match="cb-vtab-flower"):
+        find_recipe("cb-vtab-flower")

@@ -16,18 +16,21 @@ CLASSES = 5
 
 @pytest.fixture
 def head(tiny_backbone):
-    from clipbench.probing.segmentation import build_head
+    from clipbench.probing.families.segmentation import make_head
 
     config = {"type": "PSPHead", "channels": 8, "pool_scales": (1, 2), "dropout_ratio": 0.0, "norm_cfg": {"type": "BN"}}
-    return build_head(config, tiny_backbone, -1, CLASSES, "test").eval()
+    torch.manual_seed(0)
+    built = make_head(config, tiny_backbone.output.maps[-1].channels, CLASSES)
+    built.init_weights()
+    return built.eval()
 
 
 def image_and_target(height, width, original):
-    from clipbench.probing.segmentation import Target
+    from clipbench.probing.families.segmentation import Target
 
     generator = torch.Generator().manual_seed(height * width)
     label = torch.randint(0, CLASSES, original, generator=generator)
-    return torch.rand(3, height, width, generator=generator), Target("a.jpg", label, (height, width), "a.jpg")
+    return torch.rand(3, height, width, generator=generator), Target("a.jpg", "a.jpg", label, (height, width))
 
 
 @pytest.mark.parametrize("mode", ["slide", "whole"])
@@ -37,8 +40,9 @@ def test_inference_equals_mmseg(mode, height, width, head, tiny_backbone):
     from mmseg.models.segmentors import EncoderDecoder
     from torch import nn
 
+    from clipbench.probing.families.base import BoundHead
+    from clipbench.probing.families.segmentation import Inference, Windowing, predict
     from clipbench.probing.features import LiveFeatures
-    from clipbench.probing.segmentation import Inference, predict
 
     class Normalising(nn.Module):
         def forward(self, images):
@@ -59,18 +63,9 @@ def test_inference_equals_mmseg(mode, height, width, head, tiny_backbone):
     with torch.no_grad():
         logits = reference.inference(image[None], metas)
         expected = reference.postprocess_result(logits, [_sample(metas[0])])[0].pred_sem_seg.data.squeeze(0)
-        fill = torch.tensor(tiny_backbone.input.mean).view(1, 3, 1, 1)
-        predicted = dict(
-            predict(
-                LiveFeatures(tiny_backbone),
-                {"h": head},
-                image,
-                target,
-                Inference(mode, 32, 20, window_batch=3),
-                8,
-                fill,
-            )
-        )["h"]
+        inference = Inference(mode, 32, 20, window_batch=3)
+        source, bound = LiveFeatures(tiny_backbone), {"h": BoundHead(head, (0,))}
+        predicted = dict(predict(source, bound, image, target, inference, Windowing(tiny_backbone)))["h"]
     assert predicted.shape == (50, 70)
     assert (predicted == expected).float().mean() > 0.999  # ties of logits apart
 
@@ -82,7 +77,7 @@ def _sample(meta):
 
 
 def test_windows_cover_everything_and_stay_inside():
-    from clipbench.probing.segmentation import Inference
+    from clipbench.probing.families.segmentation import Inference
 
     boxes = Inference("slide", 512, 341).windows(512, 700)
     assert boxes == [(0, 0, 512, 512), (0, 188, 512, 700)]
@@ -95,8 +90,9 @@ def test_windows_cover_everything_and_stay_inside():
 
 
 def test_sizes_that_are_no_multiple_of_the_patch_are_padded_and_cut_back(head, tiny_backbone):
+    from clipbench.probing.families.base import BoundHead
+    from clipbench.probing.families.segmentation import Inference, Windowing, predict
     from clipbench.probing.features import LiveFeatures
-    from clipbench.probing.segmentation import Inference, predict
 
     image, target = image_and_target(37, 45, (37, 45))
     seen = []
@@ -106,9 +102,9 @@ def test_sizes_that_are_no_multiple_of_the_patch_are_padded_and_cut_back(head, t
             seen.append(images)
             return super().forward(images)
 
-    fill = torch.tensor(tiny_backbone.input.mean).view(1, 3, 1, 1)
+    source, bound, inference = Spy(tiny_backbone), {"h": BoundHead(head, (0,))}, Inference("whole", 32, 20)
     with torch.no_grad():
-        results = dict(predict(Spy(tiny_backbone), {"h": head}, image, target, Inference("whole", 32, 20), 8, fill))
+        results = dict(predict(source, bound, image, target, inference, Windowing(tiny_backbone)))
     assert results["h"].shape == (37, 45)
     assert seen[0].pixels.shape == (1, 3, 40, 48)
     # The padding's colour is the mean, so that the normalised padding is zero, as in mmseg.
@@ -119,7 +115,7 @@ def test_sizes_that_are_no_multiple_of_the_patch_are_padded_and_cut_back(head, t
 def test_loss_equals_mmseg(head, tiny_backbone):
     from mmseg.structures import SegDataSample
 
-    from clipbench.probing.segmentation import loss
+    from clipbench.probing.families.segmentation import loss
 
     features = Features([torch.rand(2, 16, 8, 8)])
     labels = torch.randint(0, CLASSES, (2, 64, 64))
@@ -130,20 +126,25 @@ def test_loss_equals_mmseg(head, tiny_backbone):
 
 
 def test_the_same_key_gives_the_same_head_and_another_key_another(tiny_backbone):
-    from clipbench.probing.segmentation import build_head
+    from types import SimpleNamespace
+
+    from clipbench.probing.families.segmentation import Segmentation
+
+    family = Segmentation(SimpleNamespace(layer=-1, heads={"linear": {"type": "LinearHead"}}), None)
+    family.classes = tuple("abcde")
 
     def weight(key):
-        return build_head({"type": "LinearHead"}, tiny_backbone, -1, CLASSES, key).conv_seg.weight
+        return family.build_head("linear", tiny_backbone, {}, key).conv_seg.weight
 
     before = torch.get_rng_state()
     assert torch.equal(weight("0/linear"), weight("0/linear"))
     assert not torch.equal(weight("0/linear"), weight("1/linear"))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_labels_beyond_the_classes_and_masks_of_another_size_are_refused():
-    from clipbench.data.stream import CorruptFileError
-    from clipbench.probing.segmentation import CheckLabels
+    from clipbench.errors import CorruptFileError
+    from clipbench.probing.families.segmentation import CheckLabels
 
     check = CheckLabels(num_classes=4)
     good = {"gt_seg_map": np.array([[0, 3], [255, 1]], np.uint8), "ori_shape": (2, 2)}
@@ -157,7 +158,7 @@ def test_labels_beyond_the_classes_and_masks_of_another_size_are_refused():
 def test_training_batches_are_rgb_in_0_1_padded_with_the_mean_and_255(tiny_backbone, tmp_path):
     from mmseg.structures import SegDataSample
 
-    from clipbench.probing.segmentation import Preprocess
+    from clipbench.probing.families.segmentation import Preprocess
 
     bgr = torch.zeros(3, 20, 30, dtype=torch.uint8)
     bgr[2] = 255  # red, in OpenCV's order
@@ -173,7 +174,7 @@ def test_training_batches_are_rgb_in_0_1_padded_with_the_mean_and_255(tiny_backb
 
 
 def test_resizing_a_few_classes_at_a_time_changes_nothing(monkeypatch):
-    from clipbench.probing import segmentation
+    from clipbench.probing.families import segmentation
 
     logits = torch.rand(CLASSES, 9, 11)
     logits[3] = logits[1]  # ties go to the first class, as in argmax
