@@ -79,6 +79,9 @@ class OutputSpec:
         plain: All maps share one stride (a plain ViT), so that a pyramid must be built; False for hierarchical models.
         text: There is a text tower: `encode_image` and `encode_text` give joint embeddings.
         joint_dim: Width of the joint embedding, None without a text tower.
+        patch_variants: What `encode_patches` can do to the last block (`patch_embeddings.VARIANTS`); empty where
+            patches have no joint embedding of their own.
+        no_patches: Why they have none, where that needs saying: "its image tower (ConvNeXt) is no plain ViT, …".
     """
 
     maps: tuple[FeatureMap, ...]
@@ -86,6 +89,8 @@ class OutputSpec:
     plain: bool
     text: bool = False
     joint_dim: int | None = None
+    patch_variants: tuple[str, ...] = ()
+    no_patches: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ class Backbone(nn.Module, ABC):
     """Base class of all backbones.
 
     Subclasses set `name`, `input`, `output` and `weights` through `__init__` and implement `_features`; two-tower
-    models implement `_encode_image` and `encode_text` too. `_…` methods receive images that are already normalised.
+    models implement `_encode_image` and `encode_text` too, and `_encode_patches` where patches have joint embeddings.
+    `_…` methods receive images that are already normalised.
 
     Args:
         name: The name it was asked for by (an alias or a source such as `timm:vit_tiny_patch16_224`).
@@ -184,9 +190,37 @@ class Backbone(nn.Module, ABC):
         self._check_size(images)
         return self._encode_image(self.normalise(images))
 
+    def encode_patches(self, images: Tensor, variants: Sequence[str]) -> list[Tensor]:
+        """Joint-space embeddings of patches, for several variants of the last block from one pass.
+
+        Args:
+            images: As for `forward`.
+            variants: Of `output.patch_variants`; see `clipbench.backbones.patch_embeddings` for what they are.
+
+        Returns:
+            For each variant (B, joint_dim, h, w), **not** L2-normalised.
+
+        Raises:
+            NotImplementedError: Patches of this model have no joint embedding; the reason is given.
+            ValueError: As for `forward`, or a variant that the model does not offer.
+        """
+        if not self.output.patch_variants:
+            reason = self.output.no_patches or ("" if self.output.text else "it has no text tower")
+            raise NotImplementedError(f"{self.name} has no joint embedding of patches" + (reason and f": {reason}"))
+        if unknown := [v for v in variants if v not in self.output.patch_variants]:
+            offered = ", ".join(self.output.patch_variants)
+            raise ValueError(f"{self.name} has no patch embeddings of variant {unknown[0]!r}, only {offered}")
+        self._check_size(images)
+        return self._encode_patches(self.normalise(images), variants)
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Joint-space text embeddings (len(texts), joint_dim), **not** L2-normalised."""
         raise NotImplementedError(f"{self.name} has no text tower")
+
+    @property
+    def text_tower(self) -> nn.Module | None:
+        """The module whose weights decide `encode_text`; None where that is not known or there is none."""
+        return None
 
     def export_state(self) -> dict[str, Tensor] | None:
         """The weights under the names that `ckpt:PATH@ARCHITECTURE` reads back; None where there is no such way."""
@@ -216,6 +250,9 @@ class Backbone(nn.Module, ABC):
 
     def _encode_image(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{self.name} has no joint image-text embedding")
+
+    def _encode_patches(self, x: Tensor, variants: Sequence[str]) -> list[Tensor]:
+        raise NotImplementedError(f"{self.name} declares patch embeddings, but does not implement _encode_patches")
 
     def _check_size(self, images: Tensor) -> None:
         height, width = images.shape[-2:]

@@ -26,12 +26,14 @@ class Library(ABC, Generic[TowerT]):
     Attributes:
         source: Its source string.
         published: What its published weights are called in a record, None where the source names none.
+        beside: Weights that lie beside its configuration, in a local folder; None where there are none.
         shapes_only: It can be built on the meta device, where a dry run computes shapes and no values.
         own_weights: The source itself makes the weights, in its own code (Python factories).
     """
 
     source: str
     published: str | None = None
+    beside: Path | None = None
     shapes_only: bool = True
     own_weights: bool = False
 

@@ -1,4 +1,4 @@
-"""`openclip:ARCH[/TAG]`: two-tower models of open_clip.
+"""`openclip:ARCH[/TAG]` and `openclip:local-dir:FOLDER`: two-tower models of open_clip.
 
 open_clip's own ViT takes one input size and cannot be asked for layers with SDPA; its weights run unchanged in timm's
 ViT, which does both (parity is tested). Other image towers keep their own trunk.
@@ -6,7 +6,9 @@ ViT, which does both (parity is tested). Other image towers keep their own trunk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from open_clip import transformer as oc
 from open_clip.convert import convert_state_dict
 from open_clip.factory import load_checkpoint
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from open_clip.model import CLIPVisionCfg, convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
@@ -32,10 +34,13 @@ from clipbench.backbones.base import InputSpec, ResizeMode
 from clipbench.backbones.checkpoint import CheckpointMismatch, LoadReport, State, load_into
 from clipbench.backbones.hub import hub_access, quiet_root_logger
 from clipbench.backbones.library import Library, Size, stem
+from clipbench.backbones.patch_embeddings import VARIANTS, joint_patches, refusal
 from clipbench.backbones.timm_models import size_options
 from clipbench.backbones.tower import Tower
-from clipbench.errors import ClipbenchError, UnknownNameError
+from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.registry.sources import LOCAL_DIR, local_weights
 
+LOCAL_CONFIG = "open_clip_config.json"
 _RESIZE_MODES: dict[str, ResizeMode] = {"shortest": "crop", "squash": "squash", "longest": "longest"}
 
 
@@ -76,6 +81,25 @@ class OpenClipTower(Tower):
             self._tokenizer = self._make_tokenizer()
         tokens = self._tokenizer(list(texts)).to(self.clip.logit_scale.device)
         return self.clip.encode_text(tokens, normalize=False)
+
+    @property
+    def patch_variants(self) -> tuple[str, ...]:
+        return () if self.no_patches else VARIANTS
+
+    @property
+    def no_patches(self) -> str:
+        if isinstance(self.visual, _TimmVisual):
+            return refusal(self.visual.trunk) or ""
+        if isinstance(self.visual, _OwnViTVisual):
+            return "it pools with an attention of open_clip's own (CoCa), which is not taken apart here"
+        return "its image tower is convolutional, so that there is no last attention block that could be changed"
+
+    def encode_patches(self, x: Tensor, variants: Sequence[str]) -> list[Tensor]:
+        return joint_patches(self.visual.trunk, self.visual.head, x, variants)
+
+    @property
+    def text_tower(self) -> nn.Module:
+        return self.clip
 
     @property
     def trunk(self) -> nn.Module | None:
@@ -254,20 +278,25 @@ def _any_size(trunk: nn.Module) -> nn.Module:
 
 
 class OpenClipLibrary(Library[OpenClipTower]):
-    """An architecture of open_clip.
+    """An architecture of open_clip, or a folder with the configuration of one and, perhaps, weights.
 
     Args:
-        name: Architecture.
+        name: Architecture; or "local-dir:" and the folder.
         tag: Published weights of it, or None.
     """
 
     def __init__(self, name: str, tag: str | None) -> None:
-        self.name = name
-        self.tag = tag
         self.source = f"openclip:{name}/{tag}" if tag else f"openclip:{name}"
         self.published = f"open_clip {name}/{tag}" if tag else None
+        self.folder = Path(name.removeprefix(LOCAL_DIR)).expanduser() if name.startswith(LOCAL_DIR) else None
+        self.name = name if self.folder is None else f"{LOCAL_DIR}{self.folder}"
+        self.tag = tag
 
     def check(self) -> None:
+        if self.folder is not None:
+            _check_folder(self.source, self.folder)
+            self.beside = _weights_in(self.source, self.folder)
+            return
         if self.name not in open_clip.list_models():
             raise UnknownNameError(
                 "open_clip architecture",
@@ -313,8 +342,13 @@ class OpenClipLibrary(Library[OpenClipTower]):
 
     def input(self, tower: OpenClipTower) -> InputSpec:
         del tower
-        config = merge_preprocess_dict(asdict(PreprocessCfg()), get_pretrained_cfg(self.name, self.tag or ""))
-        size = open_clip.get_model_config(self.name)["vision_cfg"]["image_size"]
+        if self.folder is None:
+            own = get_pretrained_cfg(self.name, self.tag or "")
+        else:
+            own = _read_config(self.source, self.folder).get("preprocess_cfg", {})
+        config = merge_preprocess_dict(asdict(PreprocessCfg()), own)
+        vision = open_clip.get_model_config(self.name)["vision_cfg"]
+        size = vision.get("image_size", CLIPVisionCfg.image_size)
         height, width = (size, size) if isinstance(size, int) else size
         return InputSpec(
             mean=tuple(config["mean"]),
@@ -330,10 +364,29 @@ class OpenClipLibrary(Library[OpenClipTower]):
         with (
             quiet_root_logger(),
             hub_access(f"the text tower of {self.source}", text, "config.json", "open_clip cannot build it without."),
+            self._local_configuration(),
         ):
             return open_clip.create_model(
-                self.name, pretrained=None, pretrained_text=False, device=torch.empty(0).device, **self.activation()
+                self.name,
+                pretrained=None,
+                load_weights=False,  # of a folder; they are loaded, without unpickling, as any other checkpoint
+                pretrained_text=False,
+                device=torch.empty(0).device,
+                **self.activation(),
             )
+
+    @contextmanager
+    def _local_configuration(self) -> Iterator[None]:
+        """Around the building of a model: what somebody's own configuration asks for may be impossible."""
+        try:
+            yield
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            if self.folder is None:
+                raise
+            raise UsageError(
+                f"{self.folder / LOCAL_CONFIG}: open_clip cannot build a model from its model_cfg "
+                f"({type(e).__name__}: {e})"
+            ) from e
 
     def activation(self) -> dict[str, bool]:
         """Option of `open_clip.create_model` for the activation that the weights were trained with.
@@ -371,6 +424,16 @@ class OpenClipLibrary(Library[OpenClipTower]):
 
     def _tokenizer(self) -> Any:
         text = open_clip.get_model_config(self.name)["text_cfg"].get("hf_tokenizer_name") or ""
+        if self.folder is not None:
+            try:
+                with quiet_root_logger():
+                    return open_clip.get_tokenizer(self.name)
+            except (OSError, ValueError) as error:
+                raise ClipbenchError(
+                    f"the tokenizer of {self.source} cannot be read: {error}",
+                    f"Its model_cfg names the tokenizer {text}, whose files open_clip expects in the folder itself "
+                    "(tokenizer.json, tokenizer_config.json).",
+                ) from error
         with (
             quiet_root_logger(),
             hub_access(
@@ -381,6 +444,65 @@ class OpenClipLibrary(Library[OpenClipTower]):
             ),
         ):
             return open_clip.get_tokenizer(self.name)
+
+
+def _read_config(source: str, folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / LOCAL_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source}: {folder / LOCAL_CONFIG} cannot be read as JSON ({error})") from error
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    """Refuse a folder that open_clip could not read, naming everything that is wrong with its configuration.
+
+    Raises:
+        UsageError: The folder or its configuration is not there, is not JSON, or lacks something.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{source}: there is no folder {folder}", f"Looked for {folder.resolve()}")
+    if not (folder / LOCAL_CONFIG).is_file():
+        raise UsageError(
+            f"{source}: {folder} lacks {LOCAL_CONFIG}",
+            'Expected {"model_cfg": {"embed_dim": …, "vision_cfg": {…}, "text_cfg": {…}}, "preprocess_cfg": {…}}, '
+            "as open_clip.push_to_hf_hub writes it.",
+        )
+    config = _read_config(source, folder)
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise UsageError(f"{folder / LOCAL_CONFIG} has no object under 'model_cfg'")
+    wrong = [f"model_cfg has no object under '{k}'" for k in ("vision_cfg", "text_cfg") if not _is_dict(model.get(k))]
+    if type(model.get("embed_dim")) is not int:
+        wrong.append(f"embed_dim of model_cfg is no whole number: {model.get('embed_dim')!r}")
+    preprocess = config.get("preprocess_cfg", {})
+    if not _is_dict(preprocess):
+        wrong.append("preprocess_cfg is no object")
+    else:
+        for key in ("mean", "std"):
+            value = preprocess.get(key)
+            if value is not None and not (
+                isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+            ):
+                wrong.append(f"{key} of preprocess_cfg is not three numbers: {value!r}")
+        mode = preprocess.get("resize_mode")
+        if mode is not None and mode not in _RESIZE_MODES:
+            wrong.append(f"resize_mode of preprocess_cfg is {mode!r}, expected one of {', '.join(_RESIZE_MODES)}")
+    if wrong:
+        raise UsageError(f"{folder / LOCAL_CONFIG}:\n" + "\n".join(wrong))
+
+
+def _weights_in(source: str, folder: Path) -> Path | None:
+    found = local_weights(folder)
+    if len(found) > 1:
+        raise UsageError(
+            f"{source}: {folder} holds several files with weights: {', '.join(p.name for p in found)}",
+            "Keep the one that is meant, or name it open_clip_model.safetensors.",
+        )
+    return found[0] if found else None
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _convert(clip: nn.Module, state: State) -> State:

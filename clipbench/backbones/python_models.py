@@ -28,10 +28,12 @@ _EXPECTED = (
 class ModuleTower(Tower):
     """Any module whose forward gives feature maps; see `_EXPECTED`.
 
-    The global feature is `global_`, and else the mean of the last map.
+    The global feature is `global_`, and else the mean of the last map. A module with `joint_dim` is two-tower: its
+    `global_` is the joint embedding of the image, and its `encode_text(texts)` gives that of texts.
 
     Args:
-        module: May have `mean`, `std`, `size` and `multiple`, see `InputSpec`.
+        module: May have `mean`, `std`, `size` and `multiple`, see `InputSpec`; `joint_dim`; and `text_tower`, the
+            submodule whose weights decide `encode_text`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -42,6 +44,23 @@ class ModuleTower(Tower):
     @property
     def library_model(self) -> nn.Module:
         return self.module
+
+    @property
+    def joint_dim(self) -> int | None:
+        return getattr(self.module, "joint_dim", None)
+
+    @property
+    def text_tower(self) -> nn.Module | None:
+        return getattr(self.module, "text_tower", None)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        global_ = self.run(x, None, True)[1]
+        assert global_ is not None  # it was asked for
+        return global_
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        embeddings: Tensor = self.module.encode_text(texts)
+        return embeddings
 
     def run(self, x: Tensor, indices: Sequence[int] | None, global_feature: bool) -> tuple[list[Tensor], Tensor | None]:
         out = self.module(x)
@@ -79,6 +98,14 @@ class BackboneTower(Tower):
     def joint_dim(self) -> int | None:
         return self.backbone.output.joint_dim
 
+    @property
+    def patch_variants(self) -> tuple[str, ...]:
+        return self.backbone.output.patch_variants
+
+    @property
+    def no_patches(self) -> str:
+        return self.backbone.output.no_patches
+
 
 class PythonLibrary(Library[ModuleTower | BackboneTower]):
     """A factory function.
@@ -110,6 +137,11 @@ class PythonLibrary(Library[ModuleTower | BackboneTower]):
             raise ClipbenchError(
                 f"{self.source} returned {type(made).__name__}, not a torch.nn.Module",
                 f"Expected a clipbench Backbone, or a module: {_EXPECTED}.",
+            )
+        if getattr(made, "joint_dim", None) is not None and not callable(getattr(made, "encode_text", None)):
+            raise ClipbenchError(
+                f"{self.source} declares joint_dim, but has no method encode_text",
+                "A two-tower module has encode_text(texts) → (len(texts), joint_dim).",
             )
         report = load_into(made, checkpoint, self.source) if checkpoint is not None else None
         tower = BackboneTower(made) if isinstance(made, Backbone) else ModuleTower(made)

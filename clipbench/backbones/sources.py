@@ -110,6 +110,7 @@ def _resolve(entry: BackboneEntry | str) -> tuple[BackboneEntry, Library, Path |
     library.check()
     if checkpoint is None:
         library.check_published()
+        checkpoint = library.beside
     return entry, library, checkpoint
 
 
@@ -239,6 +240,8 @@ def _output_spec(tower: Tower, measured: Measurement) -> OutputSpec:
         plain=measured.plain,
         text=tower.joint_dim is not None,
         joint_dim=tower.joint_dim,
+        patch_variants=tower.patch_variants,
+        no_patches=tower.no_patches,
     )
 
 

@@ -66,6 +66,25 @@ class Tower(nn.Module, ABC):
         raise NotImplementedError
 
     @property
+    def patch_variants(self) -> tuple[str, ...]:
+        """See `OutputSpec`."""
+        return ()
+
+    @property
+    def no_patches(self) -> str:
+        """See `OutputSpec`."""
+        return ""
+
+    def encode_patches(self, x: Tensor, variants: Sequence[str]) -> list[Tensor]:
+        """Joint embeddings (B, joint_dim, h, w) of the patches of normalised images, for each variant."""
+        raise NotImplementedError
+
+    @property
+    def text_tower(self) -> nn.Module | None:
+        """The module whose weights decide `encode_text`; None where that is not known or there is none."""
+        return None
+
+    @property
     def trunk(self) -> nn.Module | None:
         """The timm model inside, whose layer groups fine-tuning follows; None where there is none."""
         return None
@@ -105,10 +124,17 @@ class TowerBackbone(Backbone):
             return super()._encode_image(x)
         return self.tower.encode_image(x)
 
+    def _encode_patches(self, x: Tensor, variants: Sequence[str]) -> list[Tensor]:
+        return self.tower.encode_patches(x, variants)
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         if not self.output.text:
             return super().encode_text(texts)
         return self.tower.encode_text(texts)
+
+    @property
+    def text_tower(self) -> nn.Module | None:
+        return self.tower.text_tower
 
     def export_state(self) -> dict[str, Tensor] | None:
         model = self.tower.library_model
