@@ -1,6 +1,13 @@
 """clipbench: what does my backbone know?
 
+    import clipbench
+    [record] = clipbench.probe("dinov2-vitb14", "ade20k", head="linear")
+    record.scores["mIoU"]
+
 Importing this package is cheap: torch and OpenMMLab load only when something is run.
 """
 
+from clipbench.api import evaluate, probe
+
+__all__ = ["__version__", "evaluate", "probe"]
 __version__ = "0.1.0"
