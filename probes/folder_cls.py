@@ -52,7 +52,6 @@ heads = dict(
 )
 
 # --- data -------------------------------------------------------------------------------------------------------------
-# Or webdataset shards: --set train_data.type=shards --set val_data.type=shards.
 train_data = dict(type="folder", split="train")
 val_data = dict(type="folder", split="val")
 # Transforms of torchvision.transforms.v2; size=None is the model's own.

@@ -21,7 +21,7 @@ heads = dict(zeroshot=dict())  # cosine similarity in the joint space; the logit
 
 # --- data -------------------------------------------------------------------------------------------------------------
 # Images go through the model's own preprocessing: its size, resizing, crop and filter.
-val_data = dict(type="folder", split="val")  # or type="shards", for webdataset
+val_data = dict(type="folder", split="val")
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
 evaluation = None  # nothing to choose

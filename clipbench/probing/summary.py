@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from clipbench.backbones.base import Description
     from clipbench.probing.grid import Outcome
 
-SHOWN_SCORES = 8  # of a record's; all of them stand in its file
-
 
 def describe_plans(plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Plans as plain JSON types, after everything in them was built once. Loads no weights."""
@@ -91,6 +89,17 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _that_fit(names: Sequence[str], width: int) -> list[str]:
+    """The first score and as many more as a terminal has room for; all of them stand in the record."""
+    fitting: list[str] = []
+    for name in names:
+        width -= max(len(name), 6) + 3
+        if fitting and width < 0:
+            break
+        fitting.append(name)
+    return fitting
+
+
 def print_records(records: Sequence[Record], results: Path) -> None:
     """Show finished records and where everything lies, on stdout: a table a task."""
     console = Console(soft_wrap=True, highlight=False)
@@ -102,7 +111,8 @@ def print_records(records: Sequence[Record], results: Path) -> None:
         chosen = [dict(record.selection.chosen) if record.selection else {} for record in own]
         if any(chosen):
             table.add_column("chosen")
-        names = list(first.scores)[:SHOWN_SCORES]
+        room = console.width - max(len(record.head) for record in own) - max(len(_plain(one)) + 8 for one in chosen) - 8
+        names = _that_fit(list(first.scores), room)
         for name in names:
             table.add_column(f"{name} {first.metric.arrow}" if name == first.metric.name else name, justify="right")
         for record, settings in zip(own, chosen, strict=True):

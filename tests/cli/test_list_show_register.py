@@ -97,7 +97,7 @@ def test_list_other_kinds(run):
     assert "segmentation" in names(run, "suites")
     assert names(run, "experts") == []
     assert "There are no experts yet" in run("list", "experts")[1]
-    assert names(run, "tasks", "ade*") == ["ade20k"]
+    assert names(run, "tasks", "ade*") == ["ade20k", "ade20k-zeroshot"]
     for kind in ("datasets", "tasks", "heads", "suites"):
         status, out, _ = run("list", kind)
         assert status == 0

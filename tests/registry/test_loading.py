@@ -277,7 +277,7 @@ def test_suites_name_tasks_that_exist_if_they_are_known(tmp_path):
     with pytest.raises(RegistryError) as error:
         load_registry(cwd=tmp_path, tasks=set(task_names()))
     assert [(p.line, p.text) for p in error.value.problems] == [
-        (6, "suite 's': unknown task 'ade20'; did you mean 'ade20k'?")
+        (6, "suite 's': unknown task 'ade20'; did you mean 'ade20k' or 'ade20k-zeroshot'?")
     ]
 
 
