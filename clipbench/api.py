@@ -33,13 +33,18 @@ def probe(
     skip_finished: bool = False,
     skip_corrupt: bool = False,
     registry: str | Path | None = None,
+    jobs: int = 1,
+    launcher: str = "none",
+    cluster: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[Record]:
-    """Probe a backbone on a task: `clipbench probe`.
+    """Probe backbones on tasks: `clipbench probe`.
 
     Args:
-        backbone: Alias of registry.yaml or a source ("timm:NAME.TAG", "openclip:ARCH/TAG", "python:module:factory", …).
-        task: Name of a task; or several with commas that look at the same images ("nyuv2-depth,nyuv2-normals").
+        backbone: Alias of registry.yaml or a source ("timm:NAME.TAG", "openclip:ARCH/TAG", "python:module:factory", …);
+            or several with commas, globs of aliases too.
+        task: Name of a task or suite, or several with commas; tasks that look at the same images
+            ("nyuv2-depth,nyuv2-normals") share a backbone pass.
         head: Heads; None for all of the task's.
         lr: Learning rates to choose from; None for the recipe's.
         mode: "frozen" or "finetune".
@@ -51,22 +56,32 @@ def probe(
         overrides: Values of the recipe by dotted name, as `--set`.
         results: Folder for records, leaderboard and runs.
         resume: Go on with the last unfinished run of this very call.
-        skip_finished: Return records that are there already instead of running their heads again.
+        skip_finished: Return records that are there already instead of running their heads again. The command does so
+            in grids.
         skip_corrupt: Leave unreadable files out instead of stopping.
         registry: An extra registry file.
+        jobs: Rows of a grid at once, each in a process of its own.
+        launcher: "none", "local" or "slurm": where a grid's rows run.
+        cluster: submitit's parameters for it, such as {"slurm_partition": "gpu"}.
         progress: Show progress on stderr.
 
     Returns:
-        One record a head, in the order of the heads.
+        One record a head, in the order of backbones, tasks and heads. Rows that a backbone cannot do give none.
 
     Raises:
         UsageError: A name or a value is wrong; nothing was loaded.
-        ClipbenchError: Data, weights or training failed in a way that the message explains.
+        ClipbenchError: Data, weights or training failed in a way that the message explains. In a grid only after all
+            rows were tried: what the others gave is in the results folder.
     """
+    from clipbench.errors import ClipbenchError, UnknownNameError
+    from clipbench.probing import grid
     from clipbench.probing import probe as run_probe
     from clipbench.probing.plan import ProbeRequest
     from clipbench.probing.screen import Screen
+    from clipbench.registry import load_registry
 
+    if launcher not in grid.LAUNCHERS:
+        raise UnknownNameError("launcher", launcher, grid.LAUNCHERS)
     request = ProbeRequest(
         backbone=backbone,
         task=task,
@@ -90,7 +105,21 @@ def probe(
         skip_corrupt=skip_corrupt,
         registry=Path(registry) if registry is not None else None,
     )
-    return run_probe(request, Screen() if progress else None)
+    screen = Screen(silent=not progress)
+    if not grid.is_grid(request, load_registry(request.registry)) and launcher == "none":
+        return run_probe(request, screen)
+    rows = grid.rows(request)
+    if len(rows) == 1 and launcher == "none":
+        return run_probe(rows[0], screen)
+    outcomes = grid.run_rows(rows, screen, jobs=jobs, launcher=launcher, cluster=cluster)  # type: ignore[arg-type]
+    failed = [one for one in outcomes if one.state in ("failed", "stopped")]
+    if failed:
+        listed = "\n  ".join(f"{one.backbone}, {one.task}: {one.message or one.state}" for one in failed)
+        raise ClipbenchError(
+            f"{len(failed)} of {len(outcomes)} rows failed:\n  {listed}",
+            f"What the others gave is in {request.results}; call again with skip_finished=True.",
+        )
+    return [record for outcome in outcomes for record in outcome.records]
 
 
 def evaluate(

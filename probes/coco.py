@@ -148,7 +148,7 @@ heads = {
             nms=dict(type="nms", iou_threshold=0.45),
             min_bbox_size=0,
             score_thr=0.02,
-            max_per_img=100,  # COCO looks at no more of a class in an image
+            max_per_img=200,
         ),
     ),
 }

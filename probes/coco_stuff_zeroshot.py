@@ -34,7 +34,8 @@ heads = dict(
     clip=dict(variant="vanilla", **common),
     maskclip=dict(variant="maskclip", **common),
     sclip=dict(variant="sclip", **common),
-    # Without PAMR, which NACLIP's headline figures have.
+    # Without PAMR, which NACLIP's headline figures have. Its repository has had the shorter side at 448 too:
+    # --set heads.naclip.short_side=448.
     naclip=dict(
         variant="naclip", short_side=336, long_side=2048, window=224, stride=112, logit_scale=40, classes="coco-stuff"
     ),

@@ -7,7 +7,8 @@ Reports top-1 and top-5 on the 50,000 validation images. `linear` is the protoco
 `dinov2/eval/linear.py`): 13 rates x 2 choices of features, SGD, 10 epochs at batch 1024. `knn` is DINO's (arXiv
 2104.14294).
 
-Check against, before trusting a new installation: DINOv2 ViT-B/14, linear 84.5, k-NN 82.1 top-1 (DINOv2 repository).
+Check against, before trusting a new installation: DINOv2 ViT-B/14, linear 84.5, k-NN 82.1 top-1 (DINOv2 repository,
+at 224 px: add --image-size 224 --set test_pipeline.crop_pct=0.875; its checkpoint's own size is 518).
 clipbench itself has not been run on the real ImageNet yet: its reader, heads and metric are exercised on the built-in
 data in the same layout.
 
@@ -58,7 +59,7 @@ heads = dict(
 )
 
 # --- data -------------------------------------------------------------------------------------------------------------
-# Or webdataset shards: --set train_data.type=shards --set val_data.type=shards.
+# For webdataset shards there is the task shards-cls.
 train_data = dict(type="imagenet", split="train")
 val_data = dict(type="imagenet", split="val")
 # Transforms of torchvision.transforms.v2; size=None is the model's own.

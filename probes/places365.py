@@ -56,7 +56,7 @@ heads = dict(
 )
 
 # --- data -------------------------------------------------------------------------------------------------------------
-# Or webdataset shards: --set train_data.type=shards --set val_data.type=shards.
+# For webdataset shards there is the task shards-cls.
 train_data = dict(type="places365", split="train")
 val_data = dict(type="places365", split="val")
 # Transforms of torchvision.transforms.v2; size=None is the model's own.

@@ -160,4 +160,4 @@ val_data = [
 evaluation = dict()  # COCO's definition leaves nothing to choose; thresholds of a head are in its test_cfg
 
 # --- what never changes a score ---------------------------------------------------------------------------------------
-runtime = dict(workers=2, log_interval=10, checkpoint_interval=100, eval_batch=8)
+runtime = dict(workers=2, log_interval=10, checkpoint_interval=100, eval_batch=1)

@@ -16,9 +16,16 @@ def evaluate(
     classes: Annotated[str | None, typer.Option("--classes", help="Zero-shot: the file it was made with.")] = None,
     templates: Annotated[str | None, typer.Option("--templates", help="Zero-shot: the file it was made with.")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    results: Annotated[
+        Path, typer.Option("--results", help="Results folder, where the record does not lie in one.")
+    ] = Path("results"),
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest difference of the main score that counts as the same.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            "--tolerance",
+            help="Largest difference of the main score that counts as the same. Default: 1 in the last digit shown.",
+        ),
+    ] = None,
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,7 +44,7 @@ def evaluate(
     before = read_record(record)
     now = rescore(
         record,
-        results=record.parent,
+        results=results,
         data_root=data_root,
         classes=classes,
         templates=templates,
@@ -45,6 +52,7 @@ def evaluate(
         registry=registry,
         screen=Screen(quiet=as_json),
     )
+    tolerance = 10.0**-before.metric.digits if tolerance is None else tolerance
     same = abs(now.value - before.value) <= tolerance
     if as_json:
         print_json({"same": same, "recorded": before.scores, "now": now.scores})

@@ -98,7 +98,7 @@ def probe(
 
       clipbench probe -b clip-vitb16 -t nyuv2-depth,nyuv2-normals
     """
-    from clipbench.probing.grid import LAUNCHERS, is_grid
+    from clipbench.probing.grid import LAUNCHERS, is_grid, rows
     from clipbench.probing.plan import ProbeRequest
     from clipbench.probing.recipes import parse_set
     from clipbench.registry import load_registry
@@ -132,11 +132,14 @@ def probe(
         nproc=nproc,
         command=_command(),
     )
-    if is_grid(request, load_registry(registry)) or launcher != "none" or jobs > 1:
-        _grid(replace(request, skip_finished=not rerun), jobs, launcher, slurm, dry_run, as_json)
-        return
-    if slurm:
+    if slurm and launcher != "slurm":
         raise UsageError("--slurm goes with --launcher slurm")
+    if is_grid(request, load_registry(registry)) or launcher != "none" or jobs > 1:
+        requests = rows(request)
+        if len(requests) > 1 or launcher != "none":
+            _grid([replace(one, skip_finished=not rerun) for one in requests], jobs, launcher, slurm, dry_run, as_json)
+            return
+        request = replace(requests[0], command=request.command)  # tasks that share a pass are one probe
     if dry_run:
         from clipbench.probing.plan import resolve
         from clipbench.probing.summary import describe_plans, print_plan
@@ -173,25 +176,25 @@ def probe(
 
 
 def _grid(
-    request: ProbeRequest, jobs: int, launcher: str, slurm: list[str] | None, dry_run: bool, as_json: bool
+    requests: list[ProbeRequest], jobs: int, launcher: str, slurm: list[str] | None, dry_run: bool, as_json: bool
 ) -> None:
     """Several backbones or tasks: a table of what became of each; exit status 1 where one failed."""
-    from clipbench.probing.grid import check_paths, rows, run_rows
+    from clipbench.probing.grid import check_paths, rehearse, run_rows
     from clipbench.probing.recipes import parse_set
     from clipbench.probing.screen import Screen
     from clipbench.probing.summary import print_outcomes
 
-    if slurm and launcher != "slurm":
-        raise UsageError("--slurm goes with --launcher slurm")
-    requests = rows(request)
+    results = requests[0].results
     if dry_run:
+        outcomes = [rehearse(one) for one in requests]
         if as_json:
-            print_json([{"backbone": one.backbone, "task": one.task} for one in requests])
+            print_json([outcome.to_dict() for outcome in outcomes])
         else:
-            for one in requests:
-                typer.echo(f"{one.backbone}  {one.task}")
+            print_outcomes(outcomes, results)
+        if any(outcome.state == "failed" for outcome in outcomes):
+            raise typer.Exit(1)
         return
-    check_paths(request.results)
+    check_paths(results)
     screen = Screen(quiet=as_json)
     outcomes = run_rows(
         requests,
@@ -204,7 +207,7 @@ def _grid(
     if as_json:
         print_json([outcome.to_dict() for outcome in outcomes])
     else:
-        print_outcomes(outcomes, request.results)
+        print_outcomes(outcomes, results)
     if any(outcome.state == "stopped" for outcome in outcomes):
         raise typer.Exit(130)
     if any(outcome.state == "failed" for outcome in outcomes):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,13 +15,19 @@ if TYPE_CHECKING:
     from clipbench.results import Record
 
 
-def probe(request: ProbeRequest, screen: Screen | None = None, sheet: PredictionSheet | None = None) -> list[Record]:
+def probe(
+    request: ProbeRequest,
+    screen: Screen | None = None,
+    sheet: PredictionSheet | None = None,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
     """Train and score heads on a backbone, and write records and leaderboard.
 
     Args:
         request: What to run.
         screen: Where progress goes; None for nowhere.
         sheet: Also collects the predictions, to put several runs on one picture.
+        on_record: Called with each record once it is written; a later task of the request may still fail.
 
     Returns:
         One record a head, in the order of the request; empty in processes other than the first.
@@ -46,4 +53,9 @@ def probe(request: ProbeRequest, screen: Screen | None = None, sheet: Prediction
     plans = tuple(join(plans))
     for plan in plans:
         check_parts(plan, description.output)
-    return [record for plan in plans for record in execute(plan, screen or Screen(silent=True), sheet)]
+    records = []
+    for plan in plans:
+        for record in execute(plan, screen or Screen(silent=True), sheet):
+            records.append(record)
+            on_record(record)
+    return records

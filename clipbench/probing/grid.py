@@ -8,41 +8,36 @@ Importing this module is cheap; a job sets its environment before torch loads.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
-from clipbench.probing.plan import NotApplicableError, ProbeRequest
-from clipbench.probing.recipes import RecipeInfo, find_recipe, task_names
+from clipbench.probing.plan import NotApplicableError, ProbeRequest, check_request, check_settings
+from clipbench.probing.recipes import RecipeInfo, find_recipe, has_setting, task_names
 from clipbench.registry import Registry, load_registry
 
 if TYPE_CHECKING:
     from clipbench.probing.screen import Screen
     from clipbench.results import Record
 
-State = Literal["done", "finished before", "n/a", "failed", "stopped"]
+State = Literal["done", "finished before", "n/a", "failed", "stopped", "ready"]
 Launcher = Literal["none", "local", "slurm"]
 LAUNCHERS = ("none", "local", "slurm")
 
+_NO_HEAD = "the task has none of the heads asked for"
 _FOREVER = 60 * 24 * 365  # minutes; submitit's own limit for local jobs is five
 _POLL = 0.5  # seconds between looks at running jobs
 # Families whose tasks may look at the same images in one backbone pass; whether they do, `preflight.join` decides.
 _JOINABLE = ("depth", "normals")
-# Flags that speak of knobs which not every task has; in a grid they hold for the tasks that have them.
-_FLAG_KNOBS = {
-    "steps": "steps",
-    "batch_size": "batch_size",
-    "image_size": "image_size",
-    "lrs": "lrs",
-    "classes": "classes",
-    "templates": "templates",
-}
 
 
 @dataclass
@@ -52,7 +47,7 @@ class Outcome:
     Attributes:
         backbone, task: The row; tasks that were probed in one pass stand with a comma.
         state: "done", "finished before" (every record was there), "n/a" (the backbone cannot do the task), "failed", or
-            "stopped" (never ran to its end because the grid was stopped).
+            "stopped" (never ran to its end because the grid was stopped); "ready" in a dry run.
         records: One a head.
         message: Why it failed or does not apply.
         seconds: It took.
@@ -130,12 +125,8 @@ def rows(request: ProbeRequest) -> list[ProbeRequest]:
     for head in request.heads or ():
         if head not in heads:
             raise UnknownNameError("head", head, heads, see="clipbench list heads")
-    for flag, knob in _FLAG_KNOBS.items():
-        if getattr(request, flag) is not None and not any(knob in recipe.facts.knobs for recipe in recipes):
-            option = flag.replace("lrs", "lr").replace("_", "-")
-            raise UsageError(
-                f"--{option} means nothing to {', '.join(recipe.name for recipe in recipes)}", "Leave it out."
-            )
+    check_request(request)
+    check_settings(request, recipes)
     datasets = sorted({recipe.dataset for recipe in recipes})
     if request.data_root is not None and len(datasets) > 1:
         raise UsageError(
@@ -162,14 +153,29 @@ def _groups(recipes: Sequence[RecipeInfo]) -> list[list[RecipeInfo]]:
 
 def _row(request: ProbeRequest, backbone: str, recipes: Sequence[RecipeInfo]) -> ProbeRequest:
     """The request of one row, without what its tasks do not know."""
-    unknown: dict[str, Any] = {
-        flag: None for flag, knob in _FLAG_KNOBS.items() if not any(knob in recipe.facts.knobs for recipe in recipes)
+    own = {
+        "steps": request.steps,
+        "batch_size": request.batch_size,
+        "image_size": request.image_size,
+        "lrs": request.lrs,
+        "evaluation": request.evaluation,
+        "classes": request.classes,
+        "templates": request.templates,
     }
+
+    def known(setting: str) -> bool:
+        return any(has_setting(recipe, setting) for recipe in recipes)
+
+    settings = {"lrs": "lrs", "evaluation": "evaluation.mode"}
+    flags: dict[str, Any] = {
+        name: value if value is not None and known(settings.get(name, name)) else None for name, value in own.items()
+    }
+    overrides = {key: value for key, value in request.overrides.items() if known(key)}
     heads = request.heads
     if heads is not None:
         heads = tuple(head for head in heads if any(head in recipe.heads for recipe in recipes))
     task = ",".join(recipe.name for recipe in recipes)
-    return replace(request, backbone=backbone, task=task, heads=heads, command="", **unknown)
+    return replace(request, backbone=backbone, task=task, heads=heads, overrides=overrides, command="", **flags)
 
 
 def run_rows(
@@ -205,6 +211,22 @@ def run_rows(
     return outcomes
 
 
+def rehearse(request: ProbeRequest) -> Outcome:
+    """Check everything that a row needs, data set included, and load no weights."""
+    from clipbench.probing.plan import resolve
+    from clipbench.probing.summary import describe_plans
+
+    if request.heads == ():
+        return Outcome(request.backbone, request.task, "n/a", message=_NO_HEAD)
+    try:
+        describe_plans(resolve(request))
+    except NotApplicableError as error:
+        return Outcome(request.backbone, request.task, "n/a", message=error.message)
+    except ClipbenchError as error:
+        return Outcome(request.backbone, request.task, "failed", message=f"{error.message}\n{error.hint}".strip())
+    return Outcome(request.backbone, request.task, "ready")
+
+
 def attempt(request: ProbeRequest, screen: Screen) -> Outcome:
     """Run one row and say what became of it. Only a wish to stop gets out as an exception."""
     from clipbench.probing import probe
@@ -217,18 +239,19 @@ def attempt(request: ProbeRequest, screen: Screen) -> Outcome:
         return Outcome(request.backbone, request.task, state, list(records), message, seconds)
 
     if request.heads == ():
-        return outcome("n/a", "has none of the heads asked for")
+        return outcome("n/a", _NO_HEAD)
     begun = time.time()
+    records: list[Record] = []
     try:
-        records = probe(request, screen)
+        probe(request, screen, on_record=records.append)
     except NotApplicableError as error:
         return outcome("n/a", error.message)
     except InterruptedRunError:
         raise
     except ClipbenchError as error:
-        return outcome("failed", f"{error.message}\n{error.hint}".strip())
+        return outcome("failed", f"{error.message}\n{error.hint}".strip(), records)
     except Exception:  # noqa: BLE001 - a defect in one row must not take the others with it; the table shows it
-        return outcome("failed", traceback.format_exc())
+        return outcome("failed", traceback.format_exc(), records)
     before = bool(records) and all(record.created.timestamp() < begun for record in records)
     return outcome("finished before" if before else "done", records=records)
 
@@ -254,17 +277,28 @@ def _in_turn(requests: Sequence[ProbeRequest], screen: Screen, on_outcome: Calla
 def _job(request: ProbeRequest, environment: Mapping[str, str]) -> Outcome:
     """What a job runs; in each of its processes where there are several."""
     os.environ.update(environment)
+    # Wherever the row is, SIGTERM stops it with everything saved; submitit's own handler would do nothing.
+    signal.signal(signal.SIGTERM, _interrupt)
     if request.nproc > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
-        TorchDistributedEnvironment().export(overwrite=True)
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     from clipbench.probing.runner import InterruptedRunError
     from clipbench.probing.screen import Screen
 
     try:
-        return attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))
-    except InterruptedRunError as error:
-        return Outcome(request.backbone, request.task, "stopped", message=error.message)
+        outcome = attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))
+    except (InterruptedRunError, KeyboardInterrupt):
+        return Outcome(request.backbone, request.task, "stopped")
+    if outcome.state == "failed" and request.nproc > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            os.kill(os.getppid(), signal.SIGTERM)  # the controller passes it on: the others would wait for this one
+    return outcome
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise KeyboardInterrupt
 
 
 def _as_jobs(
@@ -281,8 +315,8 @@ def _as_jobs(
 
     folder = requests[0].results / "jobs"
     local = launcher != "slurm"
-    executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm")
     try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm")
         executor.update_parameters(
             **{
                 "name": "clipbench",
@@ -292,9 +326,13 @@ def _as_jobs(
                 **cluster,
             }
         )
+    except RuntimeError as error:
+        raise UsageError(
+            f"--launcher slurm: {str(error).splitlines()[0]}", "Type it where `sbatch` and `srun` are, a login node."
+        ) from error
     except (NameError, ValueError, TypeError) as error:  # what submitit raises for unknown parameters
         raise UsageError(f"--slurm: {str(error).splitlines()[0]}", "Example: --slurm slurm_partition=gpu") from error
-    slots = _slots(jobs) if local else [{}] * len(requests)
+    slots = _slots(jobs, max(request.nproc for request in requests)) if local else [{}] * len(requests)
     outcomes: dict[int, Outcome] = {}
     running: dict[int, tuple[Any, int]] = {}
     waiting = list(range(len(requests)))
@@ -311,7 +349,7 @@ def _as_jobs(
             while waiting and free:
                 place, slot = waiting.pop(0), free.pop(0)
                 screen.note(f"started: {requests[place].backbone}, {requests[place].task}")
-                running[place] = (executor.submit(_job, requests[place], slots[slot]), slot)
+                running[place] = (_submit(executor, requests[place], slots[slot]), slot)
             for place, (job, slot) in list(running.items()):
                 if job.done():
                     outcomes[place] = _result(job, requests[place])
@@ -321,8 +359,8 @@ def _as_jobs(
             time.sleep(_POLL)
     except KeyboardInterrupt:
         if local:
-            for job, _ in running.values():
-                job.cancel(check=False)
+            screen.note("stopping: each row ends its step and saves it")
+            _stop([job for job, _ in running.values()])
         else:
             screen.warn("the Slurm jobs go on; `scancel` ends them")
     return [
@@ -331,26 +369,46 @@ def _as_jobs(
     ]
 
 
+def _submit(executor: Any, request: ProbeRequest, environment: Mapping[str, str]) -> Any:
+    """Start a local job that Ctrl-C in this terminal does not reach; `_stop` tells it."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started here
+    try:
+        return executor.submit(_job, request, environment)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _stop(jobs: Sequence[Any]) -> None:
+    """Ask local jobs to stop, and wait until they have."""
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job.job_id), signal.SIGTERM)  # a local job's id is its controller's, which passes it on
+    while not all(job.done() for job in jobs):
+        time.sleep(_POLL)
+
+
 def _result(job: Any, request: ProbeRequest) -> Outcome:
     """The outcome that a job returned, or that it died."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
-        outcome: Outcome = job.results()[0]
+        outcomes: list[Outcome] = job.results()
     except (FailedJobError, UncompletedJobError) as error:
         lines = [line for line in (job.stderr() or "").strip().splitlines() if line.strip()]
         reason = lines[-1] if lines else str(error).splitlines()[0]
         return Outcome(request.backbone, request.task, "failed", message=f"{reason}\nIts log: {job.paths.stderr}")
-    return outcome
+    # Where one process failed, the others were stopped: it knows why.
+    return next((outcome for outcome in outcomes if outcome.state == "failed"), outcomes[0])
 
 
-def _slots(jobs: int) -> list[dict[str, str]]:
-    """The environment of each job that runs at once: its share of the cores, and of the GPUs in turn."""
+def _slots(jobs: int, nproc: int) -> list[dict[str, str]]:
+    """The environment of each job that runs at once: its share of the cores, and as many GPUs as it has processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slots: list[dict[str, str]] = [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
+    slots: list[dict[str, str]] = [{"OMP_NUM_THREADS": str(max(1, cores // (jobs * nproc)))} for _ in range(jobs)]
     visible = _gpus()
     for number, slot in enumerate(slots if visible else []):
-        slot["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
+        own = [visible[(number * nproc + place) % len(visible)] for place in range(nproc)]
+        slot["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(own))
     return slots
 
 

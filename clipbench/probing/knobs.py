@@ -117,8 +117,16 @@ class SegmentationKnobs(TrainedKnobs):
     evaluation: SlidingWindow
 
 
+class OneByOne(Runtime):
+    """Images of different sizes, padded to each other in a batch, would change each other's features."""
+
+    eval_batch: Literal[1] = 1
+
+
 class DetectionKnobs(TrainedKnobs):
     """Object detection and instance segmentation; COCO's protocol leaves nothing to choose in the evaluation."""
+
+    runtime: OneByOne
 
     image_size: Positive
     train_data: Configs
@@ -142,6 +150,7 @@ MapChoice = Literal["last", "quarters"] | Annotated[list[Annotated[int, Field(st
 
 
 class _GeometryKnobs(TrainedKnobs):
+    runtime: OneByOne
     image_size: Size
     layers: dict[str, MapChoice]
     train_data: GeometryData

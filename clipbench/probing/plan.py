@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.probing.knobs import check_knobs
-from clipbench.probing.recipes import RecipeInfo, catalogue, find_recipe, load_recipe, protocol_of
+from clipbench.probing.recipes import RecipeInfo, catalogue, find_recipe, has_setting, load_recipe, protocol_of
 from clipbench.registry import BackboneEntry, Registry, load_registry
 
 if TYPE_CHECKING:
@@ -294,17 +294,10 @@ def resolve(request: ProbeRequest) -> tuple[Plan, ...]:
     if not request.tasks:
         raise UsageError("--task is empty", "See: clipbench list tasks")
     recipes = [find_recipe(task) for task in request.tasks]
-    _check_choice("--mode", request.mode, MODES)
-    _check_choice("--precision", request.precision, PRECISIONS)
-    if request.evaluation is not None:
-        _check_choice("--eval", request.evaluation, EVALUATIONS)
+    check_request(request)
     _check_no_repeats("--task", request.tasks)
-    _check_no_repeats("--head", request.heads or ())
-    if not 0 <= request.seed < 2**32:
-        raise UsageError(f"--seed must be in [0, 2³²), got {request.seed}")
-    if request.nproc < 1:
-        raise UsageError(f"--nproc must be at least 1, got {request.nproc}")
-
+    if len(recipes) > 1:
+        check_settings(request, recipes)
     registry = load_registry(request.registry)
     backbone = registry.backbone(request.backbone)
 
@@ -329,7 +322,7 @@ def _configs(recipe: RecipeInfo, request: ProbeRequest) -> list[tuple[tuple[str,
     for head in heads:
         if head not in recipe.heads:
             raise UnknownNameError("head", head, recipe.heads, see=f"clipbench show {recipe.name}")
-    overrides = _overrides(request)
+    overrides = overrides_for(request, recipe)
     found: list[tuple[list[str], Config]] = []
     for head in heads:
         config = load_recipe(recipe, overrides, head)
@@ -374,8 +367,25 @@ def require_text_tower(recipe: RecipeInfo, backbone: str, output: OutputSpec) ->
     )
 
 
-def _overrides(request: ProbeRequest) -> dict[str, Any]:
-    flags = {
+# Flag → the setting that it changes.
+FLAGS = {
+    "--steps": "steps",
+    "--batch-size": "batch_size",
+    "--image-size": "image_size",
+    "--lr": "lrs",
+    "--eval": "evaluation.mode",
+    "--classes": "classes",
+    "--templates": "templates",
+}
+
+
+def overrides_for(request: ProbeRequest, recipe: RecipeInfo) -> dict[str, Any]:
+    """The settings that a request changes in a recipe; with several tasks, those that this one has.
+
+    Raises:
+        UsageError: A setting is given twice, or a flag means nothing to the only task.
+    """
+    values = {
         "steps": request.steps,
         "batch_size": request.batch_size,
         "image_size": request.image_size,
@@ -384,11 +394,54 @@ def _overrides(request: ProbeRequest) -> dict[str, Any]:
         "classes": request.classes,
         "templates": request.templates,
     }
-    overrides = {key: value for key, value in flags.items() if value is not None}
-    twice = sorted(set(overrides) & set(request.overrides))
+    given = {key: value for key, value in values.items() if value is not None}
+    twice = sorted(set(given) & set(request.overrides))
     if twice:
         raise UsageError(f"{', '.join(twice)} given both by a flag and by --set", "Keep one of the two.")
-    return {**overrides, **request.overrides}
+    if len(request.tasks) > 1:  # what no task has is refused by `check_settings`
+        return {key: value for key, value in {**given, **request.overrides}.items() if has_setting(recipe, key)}
+    for flag, key in FLAGS.items():
+        if key in given and not has_setting(recipe, key):
+            raise UsageError(f"{flag} means nothing to {recipe.name}", "Leave it out.")
+    return {**given, **request.overrides}
+
+
+def check_settings(request: ProbeRequest, recipes: Sequence[RecipeInfo]) -> None:
+    """Refuse flags and `--set` keys that no task has.
+
+    Raises:
+        UsageError, UnknownNameError: See there.
+    """
+    for key in [*request.overrides, *(key for flag, key in FLAGS.items() if _given(request, flag))]:
+        if any(has_setting(recipe, key) for recipe in recipes):
+            continue
+        names = ", ".join(recipe.name for recipe in recipes)
+        flag = next((flag for flag, setting in FLAGS.items() if setting == key and _given(request, flag)), None)
+        if flag:
+            raise UsageError(f"{flag} means nothing to {names}", "Leave it out.")
+        raise UsageError(f"--set {key}: none of {names} has such a setting", f"See: clipbench show {recipes[0].name}")
+
+
+def _given(request: ProbeRequest, flag: str) -> bool:
+    fields = {"--lr": "lrs", "--eval": "evaluation"}
+    return getattr(request, fields.get(flag, flag[2:].replace("-", "_"))) is not None
+
+
+def check_request(request: ProbeRequest) -> None:
+    """Check what does not depend on backbone, task and data.
+
+    Raises:
+        UsageError, UnknownNameError: A value is wrong.
+    """
+    _check_choice("--mode", request.mode, MODES)
+    _check_choice("--precision", request.precision, PRECISIONS)
+    if request.evaluation is not None:
+        _check_choice("--eval", request.evaluation, EVALUATIONS)
+    _check_no_repeats("--head", request.heads or ())
+    if not 0 <= request.seed < 2**32:
+        raise UsageError(f"--seed must be in [0, 2³²), got {request.seed}")
+    if request.nproc < 1:
+        raise UsageError(f"--nproc must be at least 1, got {request.nproc}")
 
 
 def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:

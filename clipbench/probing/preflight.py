@@ -35,7 +35,11 @@ def check_parts(plan: Plan, output: OutputSpec) -> None:
         trained = [head for head in task.heads if task.family.kind(head) == "trained"]
         if plan.request.mode == "finetune" and len(trained) < len(task.heads):
             others = [head for head in task.heads if head not in trained]
-            problems.append(f"--mode finetune: {', '.join(others)} of {task.name} train nothing, the backbone least")
+            problems.append(
+                f"--mode finetune trains the backbone with a head, but {', '.join(others)} of {task.name} "
+                f"{'is' if len(others) == 1 else 'are'} not trained by gradient descent"
+                + (f"; use --head {','.join(trained)}" if trained else "")
+            )
         if trained:
             problems += _check_optimiser(task)
     if problems:

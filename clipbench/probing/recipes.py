@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,21 @@ def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any], head: str | None
     return config
 
 
+def has_setting(info: RecipeInfo, key: str) -> bool:
+    """Whether an override of this dotted name means something to a recipe."""
+    return key in _setting_names(info.path, tuple(sorted(info.overrides.items())))
+
+
+@lru_cache
+def _setting_names(path: Path, overrides: tuple[tuple[str, Any], ...]) -> frozenset[str]:
+    from clipbench.probing.knobs import Runtime
+
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    info = replace(_read_info("", path), overrides=dict(overrides))
+    names = _dotted_names(load_recipe(info, {}))
+    return frozenset({*names, *_assignments(tree), *(f"runtime.{name}" for name in Runtime.model_fields)})
+
+
 def parse_set(assignments: Iterable[str], flag: str = "--set", example: str = "steps=2000") -> dict[str, Any]:
     """`["steps=60", "heads.linear.dropout_ratio=0"]` → values by name; values are Python literals, else plain strings.
 
@@ -203,6 +219,8 @@ def protocol_of(config: Config, head: str, kind: str) -> dict[str, Any]:
         knobs -= set(_TRAINING_IMAGES)
     protocol: dict[str, Any] = _jsonable({key: value for key, value in config.to_dict().items() if key in knobs})
     protocol["head"] = protocol.pop("heads")[head]
+    if isinstance(protocol.get("layers"), dict):  # a choice for each head
+        protocol["layers"] = protocol["layers"][head]
     return protocol
 
 

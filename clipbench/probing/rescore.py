@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,9 @@ def rescore(
 ) -> Record:
     """See `clipbench.evaluate`."""
     if isinstance(record, Path):
-        results = record.absolute().parents[2]  # <results>/records/<task>/<file>
+        folders = record.absolute().parents
+        if len(folders) > 2 and folders[1].name == "records":
+            results = folders[2]  # <results>/records/<task>/<file>
         record = read_record(record)
 
     from clipbench import mmlab
@@ -66,10 +69,11 @@ def rescore(
     task = TaskPlan(recipe, _config(record, texts), (record.head,), root.resolve())
     entry = _tuned(record, results) if record.mode == "finetune" else names.backbone(record.backbone.name)
     plan = Plan(request, entry, (task,), world_size=1)
-    folder = results / "runs" / "evaluate"
-    folder.mkdir(parents=True, exist_ok=True)
-    with log_to_file(folder / "log.txt"):
-        return _scored(Run(plan, screen, pick_device(device), 0, folder, resuming=False), record, results)
+    # Features of fitted heads are computed here and nowhere else: two evaluations must not meet.
+    with tempfile.TemporaryDirectory(prefix="clipbench-evaluate-") as scratch:
+        folder = Path(scratch)
+        with log_to_file(folder / "log.txt"):
+            return _scored(Run(plan, screen, pick_device(device), 0, folder, resuming=False), record, results)
 
 
 def _scored(run: Run, record: Record, results: Path) -> Record:
@@ -130,6 +134,8 @@ def _config(record: Record, texts: Mapping[str, str]) -> Config:
     """The recipe with every knob as the record's protocol has it; of texts it holds a digest only."""
     config = load_recipe(find_recipe(record.task), texts, record.head)
     knobs = {**record.protocol, "heads": {record.head: record.protocol["head"]}}
+    if "layers" in knobs:
+        knobs["layers"] = {record.head: knobs["layers"]}
     if isinstance(knobs["evaluation"], dict):
         knobs["evaluation"] = {**config.evaluation, **knobs["evaluation"]}  # "whole" is recorded without windows
     for knob, value in knobs.items():

@@ -161,4 +161,5 @@ def print_outcomes(outcomes: Sequence[Outcome], results: Path) -> None:
     for outcome in outcomes:
         if outcome.message:
             console.print(Text(f"{outcome.state}: {outcome.backbone}, {outcome.task}\n  {outcome.message}"))
-    console.print(f"leaderboard: {results / 'leaderboard.md'}")
+    if (results / "leaderboard.md").exists():
+        console.print(f"leaderboard: {results / 'leaderboard.md'}")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raise this when a change of clipbench's code changes scores although no setting changed; it is part of every hash."""
 
 NOT_IN_PROTOCOL = frozenset(

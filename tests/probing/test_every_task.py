@@ -106,6 +106,38 @@ def test_a_text_task_is_refused_where_there_is_no_text_tower(toyworld):
     assert "toy-seg" in refused.value.hint
 
 
+def test_evaluations_of_two_backbones_do_not_meet(probe, toyworld):
+    """Fitted heads are computed anew, from the features of their own backbone."""
+    options = {"head": ("knn", "ridge", "logistic"), "data_root": toyworld, "overrides": {"runtime.workers": 0}}
+    first = probe("toy-cls", **options)
+    second = clipbench.probe("timm:test_vit", "toy-cls", **options)
+    for record in [*first, *second]:
+        again = clipbench.evaluate(record, data_root=toyworld)
+        assert again.scores == pytest.approx(record.scores, abs=1e-4)
+    assert not list(Path("results/runs").glob("evaluate*"))
+
+
+def test_a_record_may_lie_anywhere(probe, toyworld, tmp_path):
+    [record] = probe("toy-cls", head="knn")
+    copy = tmp_path / "record.json"
+    copy.write_text(record.to_json())
+    assert clipbench.evaluate(copy, data_root=toyworld).scores == record.scores
+
+
+def test_a_head_does_not_depend_on_the_maps_of_another(probe):
+    [record] = probe("toy-depth", head="linear", lr=1e-3)
+    [other] = probe("toy-depth", head="linear", lr=1e-3, overrides={"runtime.workers": 0, "layers.dpt": [0, 1]})
+    assert record.fingerprint == other.fingerprint
+
+
+def test_the_eigen_crop_is_refused_before_training(probe, monkeypatch):
+    from clipbench.probing import run
+
+    monkeypatch.setattr(run, "train", None)
+    with pytest.raises(UsageError, match="640×480"):
+        probe("toy-depth", head="linear", overrides={"runtime.workers": 0, "evaluation.eigen_crop": True})
+
+
 def test_only_trained_heads_can_be_fine_tuned(probe):
     with pytest.raises(UsageError, match="knn"):
         probe("toy-cls", mode="finetune")

@@ -53,10 +53,27 @@ def test_tasks_that_may_share_a_pass_stand_in_one_row(request_for, registry):
 
 
 def test_flags_go_to_the_tasks_that_know_them(request_for, registry):
-    first, second = grid.rows(request_for(backbone="tiny-a", task="two", heads=None, data_root=None))
+    both = request_for(
+        backbone="tiny-a",
+        task="two",
+        heads=None,
+        data_root=None,
+        overrides={"evaluation.window": 24},
+        evaluation="slide",
+    )
+    first, second = grid.rows(both)
     assert (first.steps, second.steps) == (6, None)
+    assert (first.evaluation, second.evaluation) == ("slide", None)
+    assert "evaluation.window" in first.overrides
+    assert "evaluation.window" not in second.overrides
     with pytest.raises(UsageError, match="--steps means nothing to imagenet-zeroshot"):
         grid.rows(request_for(backbone="tiny-a", task="imagenet-zeroshot", heads=None, lrs=None))
+    with pytest.raises(UsageError, match="--eval means nothing to imagenet-zeroshot"):
+        grid.rows(replace(second, evaluation="whole"))
+    with pytest.raises(UsageError, match="--set nothing"):
+        grid.rows(replace(second, overrides={"nothing": 1}))
+    with pytest.raises(UsageError, match="--seed"):
+        grid.rows(replace(second, seed=-1))
     with pytest.raises(UsageError, match="--data-root is one folder"):
         grid.rows(request_for(backbone="tiny-a", task="two", heads=None))
 
@@ -105,3 +122,71 @@ def test_jobs_give_what_the_process_itself_gives(request_for, registry):
 def test_unknown_cluster_parameters_are_refused(request_for, registry):
     with pytest.raises(UsageError, match="slurm_nothing"):
         run(request_for(backbone="tiny-a"), launcher="local", cluster={"slurm_nothing": 1})
+
+
+def test_a_dry_run_checks_every_row(request_for, registry):
+    request = request_for(backbone="broken,tiny-a", task="ade20k,voc2012", data_root=None)
+    outcomes = [grid.rehearse(row) for row in grid.rows(replace(request, data_root=None))]
+    assert all(outcome.state == "failed" for outcome in outcomes)  # no data
+    ready = [grid.rehearse(row) for row in grid.rows(request_for(backbone="broken,tiny-a"))]
+    assert states(ready) == {("broken", "ade20k"): "failed", ("tiny-a", "ade20k"): "ready"}
+
+
+def test_each_process_of_a_job_has_a_gpu_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr(grid.os, "sched_getaffinity", lambda _: range(16))
+    two = grid._slots(2, nproc=2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in two] == ["0,1", "2,3"]
+    assert {slot["OMP_NUM_THREADS"] for slot in two} == {"4"}
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in grid._slots(5, nproc=1)] == ["0", "1", "2", "3", "0"]
+
+
+def test_slurm_where_there_is_none_says_so(request_for, registry, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="--launcher slurm"):
+        run(request_for(backbone="tiny-a"), launcher="slurm")
+
+
+def test_ctrl_c_stops_jobs_and_leaves_nothing_running(request_for, registry, own_code, monkeypatch):
+    """Each row ends its step and saves it; a second start with --resume goes on there."""
+    request = request_for(backbone="tiny-a,tiny-b", steps=100_000, overrides={"runtime.checkpoint_interval": 100_000})
+    started = []
+    wait = grid.time.sleep
+
+    def interrupt_once_training(seconds):
+        wait(seconds)
+        logs = list(Path("results/runs").glob("*/*/*/log.txt"))
+        if len(logs) == 2 and not started and all("Iter(train)" in log.read_text() for log in logs):
+            started.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid.time, "sleep", interrupt_once_training)
+    outcomes = run(request, jobs=2)
+    assert started
+    assert {outcome.state for outcome in outcomes} == {"stopped"}
+    assert len(list(Path("results/runs").glob("*/*/*/pass-0/checkpoint.pth"))) == 2
+
+
+def test_a_process_that_fails_ends_its_row(request_for, registry):
+    """The others would wait for it for hours."""
+    [outcome] = run(request_for(backbone="broken", nproc=2))
+    assert outcome.state == "failed"
+    assert "nothing" in outcome.message
+
+
+def test_the_python_call_takes_grids(own_code, registry, tiny_ade20k):
+    import clipbench
+
+    options = {
+        "head": "linear",
+        "lr": 1e-2,
+        "steps": 2,
+        "batch_size": 4,
+        "image_size": 32,
+        "data_root": tiny_ade20k,
+        "overrides": {"runtime.workers": 0},
+    }
+    records = clipbench.probe("tiny-*", "ade20k", **options)
+    assert [record.backbone.name for record in records] == ["tiny-a", "tiny-b"]
+    with pytest.raises(clipbench.errors.ClipbenchError, match="1 of 2 rows failed"):
+        clipbench.probe("broken,tiny-a", "ade20k", skip_finished=True, **options)

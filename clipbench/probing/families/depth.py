@@ -14,7 +14,7 @@ from clipbench.backbones.base import Features, OutputSpec
 from clipbench.errors import UsageError
 from clipbench.heads.geometry import DepthHead, build_decoder, scale_invariant_log_loss
 from clipbench.metrics.depth import EIGEN_SIZE, DepthMetric
-from clipbench.probing.families.base import Columns, tried
+from clipbench.probing.families.base import Columns, Data, Family, tried
 from clipbench.probing.families.geometry import Geometry, GeometryTarget, TrainingTargets
 
 
@@ -23,6 +23,13 @@ class Depth(Geometry):
 
     name = "depth"
     target = "depth"
+
+    def open(self, partners: Sequence[Family] = ()) -> Data:
+        data = super().open(partners)
+        if self.config.evaluation["eigen_crop"]:  # before hours of training, not after
+            sample = data.val[0]["data_samples"]
+            require_eigen_size(sample.name, tuple(sample.depth.shape))
+        return data
 
     def check(self, heads: Sequence[str], output: OutputSpec) -> list[str]:
         return super().check(heads, output) + tried("evaluation", self.new_metric, torch.device("cpu"))
@@ -82,12 +89,8 @@ class DepthScores:
         depths = []
         for target in targets:
             assert target.depth is not None
-            if self._eigen_crop and tuple(target.depth.shape) != EIGEN_SIZE:
-                raise UsageError(
-                    f"{target.path or target.name}: the Eigen crop is defined for images of 640×480 pixels, this one "
-                    f"is {target.size[1]}×{target.size[0]}",
-                    "Use --set evaluation.eigen_crop=False.",
-                )
+            if self._eigen_crop:
+                require_eigen_size(target.path or target.name, tuple(target.depth.shape))
             depths.append(target.depth)
         return self._metric.process([prediction[0] for prediction in predictions], depths)
 
@@ -103,6 +106,19 @@ def colour_depth(depth: npt.NDArray[np.float32], near: float, far: float) -> npt
     share = np.clip((far - depth) / max(far - near, 1e-6), 0, 1)
     coloured = cv2.applyColorMap((255 * share).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     return np.where(depth[..., None] > 0, coloured, 0).astype(np.uint8)
+
+
+def require_eigen_size(name: str, size: tuple[int, ...]) -> None:
+    """Refuse an image that the Eigen crop is not defined for.
+
+    Raises:
+        UsageError: With what to type.
+    """
+    if size != EIGEN_SIZE:
+        raise UsageError(
+            f"{name}: the Eigen crop is defined for images of 640×480 pixels, this one is {size[1]}×{size[0]}",
+            "Use --set evaluation.eigen_crop=False.",
+        )
 
 
 def _shown_range(target: GeometryTarget) -> tuple[float, float]:
