@@ -14,7 +14,7 @@ dataset = "toyworld"  # registry.yaml: where the data lie and where to get them
 image_size = 128  # side of an image, pixels
 steps = 300
 batch_size = 8  # over all processes
-lrs = [1e-3]
+lrs = [3e-3]
 holdout = dict(fraction=0, max_images=500)  # with several rates, hold images out of training to choose by
 optimizer = dict(type="AdamW", weight_decay=0.1)
 lr_schedule = "multistep"  # times 0.1 at each milestone; or "poly", "cosine"

@@ -311,7 +311,7 @@ def resolve(request: ProbeRequest) -> tuple[Plan, ...]:
             check_knobs(config.to_dict())
             if "batch_size" in config:
                 _check_batch(config, world_size)
-            task = TaskPlan(recipe, config, heads, _root(registry, recipe, request, backbone))
+            task = TaskPlan(recipe, config, heads, _root(registry, recipe, request, backbone, config))
             plans.append(Plan(request, backbone, (task,), world_size))
     return tuple(plans)
 
@@ -335,14 +335,16 @@ def _configs(recipe: RecipeInfo, request: ProbeRequest) -> list[tuple[tuple[str,
     return [(tuple(names), config) for names, config in found]
 
 
-def _root(registry: Registry, recipe: RecipeInfo, request: ProbeRequest, backbone: BackboneEntry) -> Path:
+def _root(
+    registry: Registry, recipe: RecipeInfo, request: ProbeRequest, backbone: BackboneEntry, config: Config
+) -> Path:
     from clipbench.data import require_layout, resolve_root
     from clipbench.data.roots import get_hint
 
     entry = registry.dataset(recipe.dataset)
     try:
         root = resolve_root(entry, request.data_root)
-        require_layout(entry.layout, root, get_hint(entry))
+        require_layout(entry.layout, root, get_hint(entry), parts=parts_read(config))
     except ClipbenchError:
         if recipe.facts.needs_text:  # nobody should fetch data for a task that the backbone cannot do
             from clipbench.backbones import describe
@@ -350,6 +352,24 @@ def _root(registry: Registry, recipe: RecipeInfo, request: ProbeRequest, backbon
             require_text_tower(recipe, request.backbone, describe(backbone).output)
         raise
     return root.resolve()
+
+
+def parts_read(config: Config) -> set[str] | None:
+    """The folders of a toyworld that a recipe reads; None where it reads another data set."""
+    if config.dataset != "toyworld":
+        return None
+    from clipbench.data.layouts import LAYOUTS
+
+    paths = [text for knob in ("train_data", "val_data") for text in _strings(config.get(knob))]
+    folders = {layout.folder for layout in LAYOUTS.values()}
+    return {folder for folder in folders for path in paths if path == folder or path.startswith(f"{folder}/")} or None
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for item in items for text in _strings(item)]
 
 
 def require_text_tower(recipe: RecipeInfo, backbone: str, output: OutputSpec) -> None:

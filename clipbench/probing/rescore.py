@@ -87,7 +87,7 @@ def _scored(run: Run, record: Record, results: Path) -> Record:
             f"Probe it anew: {record.command}",
         )
     run.open_data()
-    if run.data_fingerprint != record.dataset.fingerprint:
+    if run.fingerprints[record.task] != record.dataset.fingerprint:
         raise ClipbenchError(
             f"the data in {run.plan.lead.root} are not those that the record was scored on",
             "Give the folder with --data-root; `clipbench data check` says whether it is whole.",

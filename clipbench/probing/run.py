@@ -240,9 +240,11 @@ class Run:
             raise ClipbenchError(f"no images to evaluate in {root}", "Check it: clipbench data check")
         files = {task: self.files_of(family) for task, family in self.families.items()}
         # A task's own files only: its data are the same whatever else is probed in the pass.
-        self.fingerprints = {task: dataset_fingerprint(own, root) for task, own in files.items()}
+        common = {task: family.common_files() for task, family in self.families.items()}
+        self.fingerprints = {task: dataset_fingerprint(own, root, always=common[task]) for task, own in files.items()}
         self.files = list(dict.fromkeys(file for own in files.values() for file in own))
-        self.data_fingerprint = dataset_fingerprint(self.files, root)
+        self.common_files = list(dict.fromkeys(file for own in common.values() for file in own))
+        self.data_fingerprint = self.fingerprint_of(self.files)
         counts = [f"{len(self.data.val)} validation"]
         if train is not None:
             counts = [f"{len(self.train_indices)} training images", f"{len(self.holdout_indices)} held out", *counts]
@@ -260,6 +262,11 @@ class Run:
             for file in family.sample_files(dataset, index)
         ]
         return list(dict.fromkeys([*found, *family.common_files()]))
+
+    def fingerprint_of(self, files: Sequence[Path]) -> str:
+        """Of some of the run's files; every byte of lists and annotations of many images counts."""
+        always = [file for file in self.common_files if file in set(files)]
+        return dataset_fingerprint(files, self.plan.lead.root, always=always)
 
     def loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
         workers = min(self.config.runtime["workers"], os.cpu_count() or 1)
@@ -327,23 +334,20 @@ class Run:
     def only_mended(self, before: dict[str, Any]) -> bool:
         """Whether nothing but files that could not be read is different now."""
         others = [file for file in self.files if str(file) not in before["unreadable"]]
-        return bool(before["unreadable"]) and before["others_fingerprint"] == dataset_fingerprint(
-            others, self.plan.lead.root
-        )
+        return bool(before["unreadable"]) and before["others_fingerprint"] == self.fingerprint_of(others)
 
     def write_state(self) -> None:
         """What a resumed run is compared with."""
         if self.rank != 0:
             return
         others = [file for file in self.files if str(file) not in self.unreadable]
-        root = self.plan.lead.root
         state = {
             "backbone": self.request.backbone,
             "weights_sha256": self.weights_sha256,
             "dataset_fingerprint": self.data_fingerprint,
             # Files that stopped the run: they may be mended, everything else must stay as it is.
             "unreadable": sorted(self.unreadable),
-            "others_fingerprint": dataset_fingerprint(others, root) if self.unreadable else None,
+            "others_fingerprint": self.fingerprint_of(others) if self.unreadable else None,
             "command": self.plan.command,
         }
         write_text_atomically(self.run_dir / RUN_FILE, json.dumps(state, indent=2) + "\n")

@@ -77,6 +77,8 @@ def test_duplicate_captions_are_told_not_refused(flickr):
     assert report.ok
     (warning,) = [p for p in report.warnings if p.kind == "duplicate-caption"]
     assert warning.files == ("'a dog runs' (30.jpg, 20.jpg)",)
+    (warning,) = [p for p in report.warnings if p.kind == "repeated-caption"]
+    assert warning.files == ("10.jpg ('twice of one image', 2 times)",)
 
 
 @pytest.mark.parametrize(

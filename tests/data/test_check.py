@@ -195,6 +195,42 @@ def test_a_sample_is_decoded_unless_all_is_asked_for(toyworld):
     assert check_dataset("ade20k", root, sample=3, full=True).decoded == 24
 
 
+def test_a_run_needs_its_own_parts_of_a_toyworld_only(broken):
+    for file in (broken / "coco/val2017").iterdir():
+        file.unlink()
+    shutil.rmtree(broken / "imagenet")
+    for parts in (["ADEChallengeData2016"], ["VOCdevkit", "nyuv2/images/train"], []):
+        require_layout("toyworld", broken, parts=parts)
+    for parts, named in ((None, "imagenet"), (["coco"], "coco: val"), (["ADEChallengeData2016", "imagenet"], "imagen")):
+        assert named in str(_error(lambda parts=parts: require_layout("toyworld", broken, parts=parts)))
+    require_layout("nyuv2", broken / "nyuv2", parts=["elsewhere"])
+
+
+@pytest.mark.usefixtures("openmmlab")
+@pytest.mark.parametrize(
+    ("task", "folder", "mask", "label"),
+    [
+        ("toy-seg", ".", f"{ADE}/annotations/validation/ADE_val_00000002.png", 151),
+        ("ade20k", ADE, f"{ADE}/annotations/validation/ADE_val_00000002.png", 254),
+        ("voc2012", VOC, f"{VOC}/SegmentationClass/2011_000002.png", 21),
+    ],
+)
+def test_an_impossible_label_stops_a_run_with_the_name_of_the_mask(broken, task, folder, mask, label):
+    from clipbench.data.stream import CorruptSample, load_or_corrupt
+    from clipbench.probing.families.segmentation import build_dataset, describe_failure
+    from clipbench.probing.recipes import find_recipe, load_recipe
+
+    labels = np.array(Image.open(broken / mask))
+    labels[3, 3] = label
+    Image.fromarray(labels).save(broken / mask)
+    recipe = load_recipe(find_recipe(task), {})
+    val = build_dataset(recipe.val_data, recipe.test_pipeline, broken / folder)
+    loaded = [load_or_corrupt(val, i, lambda i, error: describe_failure(val, i, error)) for i in range(len(val))]
+    (reason,) = [sample.reason for sample in loaded if isinstance(sample, CorruptSample)]
+    assert Path(mask).name in reason
+    assert "mask has label" in reason
+
+
 # -- roots -----------------------------------------------------------------------------------------
 
 
@@ -261,6 +297,32 @@ def test_fingerprint_changes_with_what_it_should(tmp_path):
     files[41].unlink()
     with pytest.raises(FileNotFoundError):
         dataset_fingerprint(files, moved)
+
+
+def test_fingerprint_reads_common_files_to_the_last_byte(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i:03d}").write_bytes(bytes([i % 256]) * 10)
+    files = sorted(tmp_path.iterdir())
+    common = files[1]  # between the first two of the sampled ones
+    plain, first = dataset_fingerprint(files, tmp_path), dataset_fingerprint(files, tmp_path, always=[common])
+    common.write_bytes(b"\1" * 9 + b"x")
+    assert dataset_fingerprint(files, tmp_path) == plain
+    edited = dataset_fingerprint(files, tmp_path, always=[common])
+    assert edited != first
+    assert dataset_fingerprint([*files[:1], *files[2:]], tmp_path, always=[common, common]) == edited
+
+
+def test_fingerprint_reads_blocks_of_large_files(tmp_path):
+    shard = tmp_path / "000.tar"
+    with shard.open("wb") as file:
+        file.truncate(1 << 36)  # has no blocks on disk, and would take minutes to read
+    found = {dataset_fingerprint([shard], tmp_path)}
+    for place in (0, (1 << 36) - 1):
+        with shard.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        found.add(dataset_fingerprint([shard], tmp_path))
+    assert len(found) == 3
 
 
 # -- command line ----------------------------------------------------------------------------------

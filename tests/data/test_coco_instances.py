@@ -222,7 +222,7 @@ def test_other_json_is_refused(tmp_path):
 
 def test_a_few_empty_boxes_are_official():
     images = [{"id": 1, "file_name": "a.jpg", "width": 10, "height": 10}]
-    good = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2]}
+    good = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "segmentation": [[0, 0, 2, 0, 2, 2]]}
     annotations = [{**good, "id": n} for n in range(10_000)]
     annotations[3] = {**good, "id": 3, "bbox": [1, 1, 4, 0]}
     data = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
@@ -231,6 +231,35 @@ def test_a_few_empty_boxes_are_official():
     assert "annotation 3 of a.jpg" in findings.warnings[0].text()
     annotations[4] = {**good, "id": 4, "bbox": [1, 1, 4, 0]}
     assert examine_coco(data, "x.json", {"a.jpg"}).errors[0].kind == "degenerate-box"
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "words"),
+    [
+        (lambda data: data["annotations"].clear(), "no-annotations", "instances_train2017.json"),
+        (lambda data: [a.update(iscrowd=1) for a in data["annotations"]], "no-annotations", "single objects"),
+        (lambda data: data["categories"][3].pop("name"), "malformed-category", "number 3"),
+        (lambda data: data["categories"][3].update(id=1), "malformed-category", "1 (motorcycle; the id of person too)"),
+        (lambda data: data["categories"][3].update(name="person"), "malformed-category", "4 (person; the name occurs"),
+        (lambda data: data["annotations"][0].pop("segmentation"), "no-segmentation", "ssd alone"),
+        (
+            lambda data: data["categories"][3].update(name="plane"),
+            "categories-differ",
+            "4 (plane in train, motorcycle in val)",
+        ),
+        (
+            lambda data: data["categories"].append({"id": 99, "name": "z"}),
+            "categories-differ",
+            "99 (z in train, not in",
+        ),
+    ],
+)
+def test_what_a_head_could_not_be_trained_or_scored_on(broken, damage, kind, words):
+    _edit(broken / "coco", damage)
+    assert words in _kinds(check_dataset("coco", broken / "coco", sample=2))[kind]
+    if kind != "categories-differ":
+        with pytest.raises(ClipbenchError, match=r"instances_train2017\.json"):
+            require_valid_coco(broken / "coco" / TRAIN, broken / "coco/train2017")
 
 
 def test_empty_splits(broken):

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from clipbench.data import check_dataset, require_layout
-from clipbench.data.nyuv2 import NYUv2, contradiction, read_depth, read_normals
+from clipbench.data.nyuv2 import NYUv2, contradiction, implausible_median, read_depth, read_normals
 from clipbench.data.toyworld import make_scene, render
 from clipbench.data.toyworld.writers import Item
 from clipbench.data.toyworld.writers.nyuv2 import NYUv2Writer
@@ -156,6 +156,22 @@ def test_depth_in_another_unit_is_named(tmp_path, factor, unit):
     assert unit in str(caught.value).partition("likely in")[2]
 
 
+def test_depth_in_another_unit_shows_over_a_split(broken):
+    """In 1/256 m, as KITTI's, 3 m read as millimetres are 0.8 m, of which any one image may well be."""
+    root = broken / "nyuv2"
+    for file in (root / "annotations/train").iterdir():
+        depth = np.asarray(Image.open(file)).astype(float) / 1000
+        Image.fromarray((depth * 256).astype(np.uint16)).save(file)
+        read_depth(file)
+    for text in (_open_error(root, "train"), _kinds(check_dataset("nyuv2", root))["depth-unit"]):
+        assert "train: the median depth over 16 images is 0." in text
+        assert "1/256 m (as KITTI's)" in text.partition("likely in")[2]
+    assert "depth-unit" in " ".join(_kinds(check_dataset("toyworld", broken, sample=2)))
+    assert implausible_median([0.8] * 7, "millimetres") == ""
+    assert implausible_median([1.3] * 8, "millimetres") == ""
+    assert "TUM" in implausible_median([13.0] * 8, "millimetres").partition("likely in")[2]
+
+
 def test_depth_that_is_no_depth_is_refused(tmp_path):
     file = tmp_path / "depth.png"
     good = np.random.default_rng(0).integers(1500, 2001, (8, 8)).astype(np.uint16)
@@ -245,7 +261,15 @@ def test_neither_or_both_sources(broken, tmp_path):
     assert "source=" in _open_error(root, "train")
     assert NYUv2(root, "train", source="files").source == "files"
     assert NYUv2(root, "train", source="mat").source == "mat"
-    assert "sources" in _kinds(check_dataset("nyuv2", root))
+    assert "source=" in _open_error(root, "test")
+    (root / "annotations/test/playroom_00002.png").unlink()
+    report = check_dataset("nyuv2", root)
+    assert report.counts == {"files/train": 18, "files/test": 5, "mat/train": 18, "mat/test": 6}
+    assert [p.kind for p in report.warnings].count("sources") == 1
+    assert "playroom_00002" in _kinds(report)["missing-depth"]
+    require_layout("nyuv2", root)  # a run reads one of them, and that one may be whole
+    (root / "splits.mat").unlink()
+    assert "splits.mat" in _kinds(check_dataset("nyuv2", root))["unreadable-list"]
 
 
 def test_bad_content_is_found_by_the_check(broken):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from clipbench.data.check import check_dataset
 from clipbench.data.folders import open_imagenet
+from clipbench.data.layouts import WebDataset
 from clipbench.data.shards import open_shards
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.errors import ClipbenchError, CorruptFileError
@@ -118,6 +119,20 @@ def test_check_finds_missing_labels_wrong_ones_and_bad_images(tmp_path):
         open_shards(tmp_path, "val")
     with pytest.raises(ClipbenchError, match="train: no image"):
         open_shards(tmp_path, "train")
+
+
+def test_a_sample_knows_its_place(shards, monkeypatch):
+    (train,) = [split for split in WebDataset().splits(shards) if split.name == "train"]
+    images = open_shards(shards, "train")
+    samples = {row: train.samples[row] for row in (-1, 0, 3)}
+    everything = train.samples[:]
+    monkeypatch.setattr(type(train.samples), "__getitem__", lambda *_: pytest.fail("searched"))
+    for row, sample in samples.items():
+        shard, offset, size = train.samples.place(sample)
+        assert shard.read_bytes()[offset : offset + size] == images.read(row % len(images))
+    assert samples[-1] == everything[-1] == (everything[-1][0],)
+    with pytest.raises(TypeError):
+        train.samples.place((images.shards[0],))
 
 
 def test_toyworlds_shards_hold_its_imagenet(toyworld, spec):

@@ -26,6 +26,7 @@ from clipbench.probing.features import FeatureSource, Images
 from clipbench.probing.text import encode_texts
 
 _SHOWN = 5  # captions in a picture
+_NAMED = 4  # images in a note
 _VAL_DATA = ("json", "images", "split")
 
 
@@ -154,8 +155,15 @@ class Retrieval(Family):
 
     def notes(self, head: str) -> list[str]:
         """Captions that belong to several images: no model can tell those images apart by them."""
-        shared = len(self._images.duplicates)
-        return [f"{shared} caption{'s' if shared > 1 else ''} of several images (ties count against)"] if shared else []
+        shared = self._images.duplicates
+        if not shared:
+            return []
+        places = list(dict.fromkeys(place for found in shared.values() for place in found))
+        shown = ", ".join(map(self._images.name, places[:_NAMED])) + (", …" if len(places) > _NAMED else "")
+        return [
+            f"{len(shared)} caption{'s' if len(shared) > 1 else ''} of several images in "
+            f"{self._images.json_file.name} (ties count against): {shown}"
+        ]
 
     def picture(self, target: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         return np.asarray(self._images.load(target.index)), None
