@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,19 +73,21 @@ class CheckReport:
         }
 
 
-def require_layout(layout: str, root: Path, how_to_get: str = "") -> None:
+def require_layout(layout: str, root: Path, how_to_get: str = "", parts: Collection[str] | None = None) -> None:
     """Fails unless a data set is there and complete as far as names can tell. Decodes nothing.
 
     Args:
         layout: Name of a layout: "ade20k", "coco", "toyworld", ….
         root: The folder that holds it.
         how_to_get: What to tell the user instead of the layout's own words.
+        parts: Of a toyworld, look only at the data sets in these folders below `root`, such as "coco" or
+            "ADEChallengeData2016/images"; None: at all. Other layouts are one part.
 
     Raises:
         ClipbenchError: Names everything that is missing, where it was looked for and how to get it.
         UnknownNameError: There is no such layout.
     """
-    spec = get_layout(layout)
+    spec = get_layout(layout) if parts is None else get_layout(layout).restricted(parts)
     missing = [f"missing: {path.relative_to(root)}" for path in spec.missing(root)]
     if missing:
         raise missing_error(spec, [root], missing, how_to_get)
@@ -130,15 +132,15 @@ def check_dataset(
     splits = list(spec.splits(root))
     for split in splits:
         report.counts[split.name] = len(split.samples)
-        report.errors += split.problems
+        report.errors += [*split.problems, *spec.judge(root, split)]
         report.warnings += split.warnings
         if not split.samples:
             report.errors.append(Problem("empty-split", f"{split.name}: no {spec.what}"))
-        elif spec.official and spec.official.get(split.name, len(split.samples)) != len(split.samples):
+        elif len(split.samples) != (official := spec.official.get(split.name.rpartition("/")[2], len(split.samples))):
             report.warnings.append(
                 Problem(
                     "count",
-                    f"{split.name}: {len(split.samples):,} images; the official set has {spec.official[split.name]:,}",
+                    f"{split.name}: {len(split.samples):,} images; the official set has {official:,}",
                 )
             )
     leaks, copies = _leaks(splits, root, full)
@@ -146,7 +148,6 @@ def check_dataset(
     report.warnings += copies
 
     chosen: dict[Sample, Split] = {}  # a sample may be in several splits: train is part of train_aug
-    everything = {sample for split in splits for sample in split.samples}
     for split in splits:
         for one in split.samples if full else spread(split.samples, max(2, sample)):
             chosen.setdefault(one, split)
@@ -161,7 +162,7 @@ def check_dataset(
     for kind, message in spec.messages().items():
         if faults[kind]:
             report.errors.append(Problem(kind, message.format(n=len(faults[kind])), tuple(sorted(faults[kind]))))
-    report.decoded, report.total = len(chosen), len(everything)
+    report.decoded, report.total = len(chosen), len({_name(one) for split in splits for one in split.samples})
     if layout == "toyworld":
         from clipbench.data.toyworld.generate import check_against_manifest
 
@@ -177,20 +178,21 @@ def _leaks(splits: list[Split], root: Path, full: bool) -> tuple[list[Problem], 
     The latter is a warning only: official archives may have such copies, and their users cannot help it.
     """
     leaks, copies = [], []
-    groups: dict[str, dict[str, set[Path]]] = defaultdict(lambda: defaultdict(set))
+    # Names and not paths, which take many times the memory: there may be millions.
+    groups: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for split in splits:
         group, _, name = split.name.rpartition("/")
-        groups[group]["val" if name in ("val", "test") else "train"].update(sample[0] for sample in split.samples)
+        groups[group]["val" if name in ("val", "test") else "train"].update(map(_name, split.samples))
     for sides in groups.values():
         train, val = sides["train"], sides["val"]
-        listed = sorted(relative(p, root) for p in train & val)
+        listed = sorted(relative(Path(p), root) for p in train & val)
         if listed:
             leaks.append(Problem("leak", f"{len(listed)} images are in train and in val", tuple(listed)))
         # Content: only files of equal size can be equal, which leaves few to read.
-        by_size: dict[int, list[Path]] = defaultdict(list)
+        by_size: dict[int, list[str]] = defaultdict(list)
         for file in val - train:
             by_size[_size(file)].append(file)
-        by_hash: dict[tuple[int, str], list[Path]] = {}
+        by_hash: dict[tuple[int, str], list[str]] = {}
         same = []
         sizes = {file: _size(file) for file in sorted(train - val)}
         candidates = [file for file, size in sizes.items() if size >= 0 and size in by_size]
@@ -200,7 +202,10 @@ def _leaks(splits: list[Split], root: Path, full: bool) -> tuple[list[Problem], 
                 by_hash[size, ""] = []
                 for other in by_size[size]:
                     by_hash.setdefault((size, _sha256(other)), []).append(other)
-            same += [f"{relative(file, root)} = {relative(o, root)}" for o in by_hash.get((size, _sha256(file)), [])]
+            same += [
+                f"{relative(Path(file), root)} = {relative(Path(other), root)}"
+                for other in by_hash.get((size, _sha256(file)), [])
+            ]
         if same:
             copies.append(
                 Problem("copy", f"{len(same)} images of train are also in val under another name", tuple(same))
@@ -208,18 +213,23 @@ def _leaks(splits: list[Split], root: Path, full: bool) -> tuple[list[Problem], 
     return leaks, copies
 
 
+def _name(sample: Sample) -> str:
+    """The file of its image, which no other sample has."""
+    return os.fspath(sample[0])
+
+
 # A file that cannot be opened (a dangling link, no permission) is like no other; decoding it says what is wrong.
 
 
-def _size(file: Path) -> int:
+def _size(file: str) -> int:
     try:
-        return file.stat().st_size
+        return os.stat(file).st_size
     except OSError:
         return -1
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: str) -> str:
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError:
-        return str(file)
+        return file

@@ -27,11 +27,13 @@ class CocoFindings:
         errors: What makes results wrong or a run fail.
         warnings: What official files have too.
         sizes: (width, height) by file name, of every sound image entry whose file exists.
+        categories: Names by id, of every sound category.
     """
 
     errors: list[Problem]
     warnings: list[Problem]
     sizes: dict[str, tuple[int, int]]
+    categories: dict[int, str]
 
 
 def require_valid_coco(annotation_file: Path, image_dir: Path) -> None:
@@ -92,13 +94,16 @@ def read_coco(file: Path) -> dict[str, Any]:
     return data
 
 
-def examine_coco(data: dict[str, Any], name: str, present: Collection[str] | None = None) -> CocoFindings:
+def examine_coco(
+    data: dict[str, Any], name: str, present: Collection[str] | None = None, masks: bool = True
+) -> CocoFindings:
     """Everything wrong with the content of an annotation file.
 
     Args:
         data: From `read_coco`.
         name: Of the file, for messages.
         present: File names of the images on disk; None: do not look.
+        masks: Every annotation must have a segmentation.
     """
     problems: dict[str, list[str]] = {kind: [] for kind in _MESSAGES}
     images: dict[Any, dict[str, Any]] = {}
@@ -113,24 +118,28 @@ def examine_coco(data: dict[str, Any], name: str, present: Collection[str] | Non
         problems["missing-image"] = sorted(e["file_name"] for e in images.values() if e["file_name"] not in present)
     names = Counter(entry["file_name"] for entry in images.values())
     problems["repeated-file"] = [file for file, times in names.items() if times > 1]
-    categories = {c["id"] for c in data["categories"] if isinstance(c, dict) and isinstance(c.get("id"), int)}
+    categories = _examine_categories(data["categories"], problems["malformed-category"])
     seen: set[Any] = set()
     for place, entry in enumerate(data["annotations"]):
         _examine_annotation(place, entry, images, categories, seen, problems)
+    if not masks:
+        problems["no-segmentation"] = []
 
     empty = problems.pop("empty-box")
     few = 0 < len(empty) <= TOLERATED_EMPTY_BOXES * len(data["annotations"])
     warnings = [Problem("empty-box", _text(name, "empty-box", empty), tuple(empty))] if few else []
     problems["degenerate-box"] += [] if few else empty
     errors = [Problem(kind, _text(name, kind, found), tuple(found)) for kind, found in problems.items() if found]
-    if not categories:
+    if not any(_is_annotation(entry) and not entry.get("iscrowd") for entry in data["annotations"]):
+        errors.append(Problem("no-annotations", f"{name}: no annotations of single objects"))
+    if not data["categories"]:
         errors.append(Problem("no-categories", f"{name}: no categories"))
     if not images:
         errors.append(Problem("no-images", f"{name}: no images"))
     sizes = {e["file_name"]: (e["width"], e["height"]) for e in images.values()}
     if present is not None:
         sizes = {file: size for file, size in sizes.items() if file in present}
-    return CocoFindings(errors, warnings, sizes)
+    return CocoFindings(errors, warnings, sizes, categories)
 
 
 _MESSAGES = {
@@ -138,6 +147,7 @@ _MESSAGES = {
     "duplicate-image": "image ids occur twice",
     "repeated-file": "image files are named under several ids",
     "missing-image": "images are not there",
+    "malformed-category": "categories without a whole id and a name of their own",
     "malformed-annotation": "annotations without id, image_id, category_id or a bbox of four numbers",
     "duplicate-annotation": "annotation ids occur twice",
     "unknown-image": "annotations of images that the file does not list",
@@ -145,6 +155,7 @@ _MESSAGES = {
     "degenerate-box": "boxes are degenerate (no width or height, not finite, or outside of their image)",
     "empty-box": "boxes are empty or outside of their image, and passed over (official files have a few)",
     "bad-segmentation": "segmentations are broken",
+    "no-segmentation": "annotations have no segmentation, which the heads with masks need (ssd alone needs boxes only)",
 }
 
 
@@ -152,11 +163,38 @@ def _text(name: str, kind: str, found: list[str]) -> str:
     return f"{name}: {len(found)} {_MESSAGES[kind]}"
 
 
+def _examine_categories(entries: list[Any], malformed: list[str]) -> dict[int, str]:
+    """Names by id of the sound ones; adds the others to `malformed`."""
+    names: dict[int, str] = {}
+    for place, entry in enumerate(entries):
+        known = isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("name"), str)
+        if not known or not entry["name"].strip():
+            malformed.append(f"number {place}")
+            continue
+        if entry["id"] in names:
+            malformed.append(f"{entry['id']} ({entry['name']}; the id of {names[entry['id']]} too)")
+        elif entry["name"] in names.values():
+            malformed.append(f"{entry['id']} ({entry['name']}; the name occurs twice)")
+        names.setdefault(entry["id"], entry["name"])
+    return names
+
+
+def compare_categories(train: dict[int, str], val: dict[int, str]) -> list[Problem]:
+    """What two annotation files disagree on: a head trained on one cannot be scored on the other."""
+    found = [
+        f"{number} ({train.get(number, 'not')} in train, {val.get(number, 'not')} in val)"
+        for number in sorted({*train, *val})
+        if train.get(number) != val.get(number)
+    ]
+    message = f"{len(found)} categories of train and val differ"
+    return [Problem("categories-differ", message, tuple(found))] if found else []
+
+
 def _examine_annotation(
     place: int,
     entry: Any,
     images: dict[Any, dict[str, Any]],
-    categories: set[Any],
+    categories: Collection[int],
     seen: set[Any],
     problems: dict[str, list[str]],
 ) -> None:
@@ -178,7 +216,10 @@ def _examine_annotation(
         problems["degenerate-box"].append(f"{where} ({x:g}, {y:g}, {w:g}×{h:g})")
     elif min(x + w, image["width"]) <= max(x, 0) or min(y + h, image["height"]) <= max(y, 0):
         problems["empty-box"].append(f"{where} ({x:g}, {y:g}, {w:g}×{h:g})")
-    why = _why_broken(entry.get("segmentation"), image["width"], image["height"])
+    if entry.get("segmentation") is None:
+        problems["no-segmentation"].append(where)
+        return
+    why = _why_broken(entry["segmentation"], image["width"], image["height"])
     if why:
         problems["bad-segmentation"].append(f"{where} ({why})")
 
@@ -211,9 +252,7 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 
 def _why_broken(segmentation: Any, width: int, height: int) -> str:
-    """Why pycocotools could not rasterise a segmentation; empty where it can, or where there is none."""
-    if segmentation is None:
-        return ""
+    """Why pycocotools could not rasterise a segmentation; empty where it can."""
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not isinstance(polygon, list) or not _are_numbers(polygon):

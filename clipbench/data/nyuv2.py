@@ -59,6 +59,10 @@ LADICKY = "nyu_normals_gt"
 
 # The sensor sees from 0.5 to 10 m, so the median of an image lies between; in a wrong unit it rarely does.
 MEDIAN_RANGE = (0.4, 10.0)
+# The median over images of their medians says more. Of toyworld's rooms it is 3 m (2.5 to 3.6 m for 16 of them, 1.9 to
+# 4.6 m for one). Depth in 1/256 m, read as millimetres, is 0.26 of what it was: 0.8 m, as one image may well have.
+TYPICAL_RANGE = (1.2, 6.0)
+JUDGED, LEAST_JUDGED = 16, 8  # images that are looked at, and those without which nothing is said
 # Units in which depth PNGs are found, in metres a step.
 UNITS = {
     "metres": 1.0,
@@ -123,6 +127,7 @@ class NYUv2:
         if not self._members:
             raise ClipbenchError(f"NYUv2 in {self.root} has no {self.split} image with {' and '.join(self.targets)}")
         self._require_convention()
+        self._require_unit()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -231,6 +236,24 @@ class NYUv2:
                     f"{file}: the normals contradict the depth of their image: {wrong}",
                     "Convert them to the convention that clipbench.data.nyuv2 documents.",
                 )
+
+    def _require_unit(self) -> None:
+        """Refuses depth in another unit than the one it is read in; unreadable files are for the run to tell."""
+        if "depth" not in self.targets:
+            return
+        medians = []
+        for index in spread(range(len(self)), JUDGED):
+            try:
+                depth = self._depth(index)
+            except CorruptFileError:
+                continue
+            if depth is not None:
+                medians.append(float(np.median(depth[depth > 0])))
+        wrong = implausible_median(medians, "metres" if self.source == "mat" else "millimetres")
+        if wrong:
+            raise ClipbenchError(
+                f"{self.root}, {self.split}: {wrong}", "Convert the depth to the unit that clipbench.data.nyuv2 names."
+            )
 
     def _depth(self, index: int) -> Floats | None:
         """Depth of an image even where it is no target, if it is there."""
@@ -436,13 +459,37 @@ def require_plausible(depth: Floats, name: str, unit: str) -> None:
     low, high = MEDIAN_RANGE
     if low <= median <= high:
         return
-    stored = median / UNITS[unit]
-    likely = [other for other, step in UNITS.items() if other != unit and 1 <= stored * step <= 8]
-    hint = f"; the values are likely in {' or '.join(likely)}" if likely else ""
+    hint = _likely_unit(median, unit)
     raise CorruptFileError(
         f"{name}: the median depth is {median:.3g} m when read as {unit}; of an indoor scene it is {low:g} to "
         f"{high:g} m{hint}"
     )
+
+
+def implausible_median(medians: Sequence[float], unit: str) -> str:
+    """Whether the depth of a set of rooms can be in the unit that it was read in; in words, empty where it can.
+
+    Args:
+        medians: Of images spread over a split, in metres.
+        unit: One of `UNITS`.
+    """
+    if len(medians) < LEAST_JUDGED:
+        return ""
+    median = float(np.median(medians))
+    low, high = TYPICAL_RANGE
+    if low <= median <= high:
+        return ""
+    return (
+        f"the median depth over {len(medians)} images is {median:.3g} m when read as {unit}; of indoor scenes it is "
+        f"{low:g} to {high:g} m{_likely_unit(median, unit)}"
+    )
+
+
+def _likely_unit(median: float, unit: str) -> str:
+    """The units in which a median of metres would be a room's, as the end of a message."""
+    stored = median / UNITS[unit]
+    likely = [other for other, step in UNITS.items() if other != unit and 1 <= stored * step <= 8]
+    return f"; the values are likely in {' or '.join(likely)}" if likely else ""
 
 
 def read_normals(file: Path, shape: tuple[int, ...] | None, encoding: Encoding) -> tuple[Floats, Bools]:

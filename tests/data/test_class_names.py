@@ -50,7 +50,7 @@ def test_everything_wrong_at_once(tmp_path: Path) -> None:
     text = str(caught.value)
     assert f"{file} cannot be used as classes" in text
     assert "line 2 is empty" in text
-    assert "line 4 repeats line 1 ('cat')" in text
+    assert "line 4" not in text  # lists of classes do repeat names: ImageNet's has two cranes
     assert "line 5 is empty" in text
     file.write_text("a photo\na photo of a {}.\n{}{c}\na photo\n")
     with pytest.raises(UsageError, match=r"(?s)line 1 has no \{\} or \{c\}.*'a photo'.*line 4 repeats line 1"):

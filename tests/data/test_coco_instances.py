@@ -257,6 +257,8 @@ def test_a_few_empty_boxes_are_official():
 def test_what_a_head_could_not_be_trained_or_scored_on(broken, damage, kind, words):
     _edit(broken / "coco", damage)
     assert words in _kinds(check_dataset("coco", broken / "coco", sample=2))[kind]
+    if kind == "no-segmentation":
+        assert not examine_coco(read_coco(broken / "coco" / TRAIN), "x.json", masks=False).errors
     if kind != "categories-differ":
         with pytest.raises(ClipbenchError, match=r"instances_train2017\.json"):
             require_valid_coco(broken / "coco" / TRAIN, broken / "coco/train2017")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,10 +47,9 @@ class Split:
         name: "train", "val", …
         samples: Those whose files all exist, by name.
         problems: Images without annotation, annotations without image, list entries without files, …
-        warnings: What a person should know but an official set may have.
         lists: The files that name or annotate the members, if the layout has any.
         context: Whatever `Layout.inspect` needs to know of the split.
-        warnings: What a person should know and nothing suffers from, such as captions that occur twice.
+        warnings: What a person should know but an official set may have, such as captions that occur twice.
     """
 
     name: str
@@ -104,6 +103,14 @@ class Layout(ABC):
             split: One that `splits` gave.
             sample: One of its samples.
         """
+
+    def judge(self, root: Path, split: Split) -> list[Problem]:
+        """What only several samples of a split together show. `data check` asks this; it may open some of them."""
+        return []
+
+    def restricted(self, folders: Collection[str]) -> Layout:
+        """The part of this layout that lies in some folders, relative to its root; most layouts are one part."""
+        return self
 
     def obstacles(self, root: Path) -> list[str]:
         """What keeps a run from reading the data, one sentence each; the layout's requirements are met.

@@ -81,7 +81,7 @@ def list_captions(entries: Sequence[dict[str, Any]], image_root: Path, split: st
     """
     found = Captions()
     known = _Folder(image_root)
-    broken, missing, empty, bare = [], [], [], []
+    broken, missing, empty, bare, repeated = [], [], [], [], []
     seen: dict[str, list[int]] = {}
     for number, entry in enumerate(entries):
         if split_of(entry) != split:
@@ -104,8 +104,10 @@ def list_captions(entries: Sequence[dict[str, Any]], image_root: Path, split: st
             missing.append(name)
             continue
         texts = texts[:per_image]
-        for text in dict.fromkeys(texts):
+        for text, times in Counter(texts).items():
             seen.setdefault(text, []).append(len(found.names))
+            if times > 1:
+                repeated.append(f"{name} ({text!r}, {times} times)")
         found.names.append(name)
         found.files.append(place)
         found.texts.append(tuple(texts))
@@ -122,6 +124,9 @@ def list_captions(entries: Sequence[dict[str, Any]], image_root: Path, split: st
         rows = tuple(f"{text!r} ({', '.join(found.names[i] for i in at)})" for text, at in found.duplicates.items())
         what = f"{split}: {len(rows)} captions belong to several images, which retrieval cannot tell apart by them"
         found.warnings.append(Problem("duplicate-caption", what, rows))
+    if repeated:
+        what = f"{split}: {len(repeated)} captions occur more than once at one image"
+        found.warnings.append(Problem("repeated-caption", what, tuple(repeated)))
     twice = sorted(name for name, count in Counter(found.names).items() if count > 1)
     if twice:
         found.problems.append(Problem("repeated-image", f"{split}: {len(twice)} images are listed twice", tuple(twice)))

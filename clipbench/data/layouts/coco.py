@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from clipbench.data.coco import examine_coco, read_coco
+from clipbench.data.coco import compare_categories, examine_coco, read_coco
 from clipbench.data.layouts.base import Fault, Layout, Problem, Sample, Split, UnreadableError, relative, stems
 from clipbench.data.layouts.images import DecodingError, decode
 from clipbench.errors import ClipbenchError
@@ -43,6 +43,7 @@ class COCO(Layout):
         return root / "annotations" / f"instances_{split}2017.json"
 
     def splits(self, root: Path) -> Iterator[Split]:
+        categories: dict[int, str] = {}  # of train, once it was read
         for split in ("train", "val"):
             file, folder = self.annotations(root, split), root / f"{split}2017"
             try:
@@ -57,7 +58,11 @@ class COCO(Layout):
                 yield Split(split, [], [UnreadableError("list", file, error.strerror or str(error)).problem(root)])
                 continue
             samples = [(folder / name,) for name in sorted(findings.sizes)]
-            yield Split(split, samples, findings.errors, (file,), findings.sizes, findings.warnings)
+            problems = findings.errors
+            if categories and findings.categories:
+                problems = [*problems, *compare_categories(categories, findings.categories)]
+            categories = findings.categories
+            yield Split(split, samples, problems, (file,), findings.sizes, findings.warnings)
 
     def obstacles(self, root: Path) -> list[str]:
         """Only empty folders and files: a run examines the JSON that it reads (`require_valid_coco`)."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
+from clipbench.data.fingerprint import spread
 from clipbench.data.layouts.base import Fault, Layout, Problem, Sample, Split, UnreadableError, relative, stems
 from clipbench.errors import ClipbenchError
 
@@ -24,7 +28,7 @@ class NYUv2(Layout):
     folder = "nyuv2"
     official: ClassVar[dict[str, int]] = {"test": 654}  # training sets of 795, 24,231 and 30,907 images are in use
     what = "image with depth"
-    blocking = (*Layout.blocking, "missing-depth", "missing-normals", "sources", "unreadable-mat", "bad-splits")
+    blocking = (*Layout.blocking, "missing-depth", "missing-normals", "unreadable-mat", "bad-splits")
     kinds: ClassVar = {
         "unreadable": "{n} samples cannot be read or have values that cannot be right",
         "normals-convention": "{n} normal maps contradict the depth of their image",
@@ -37,24 +41,48 @@ class NYUv2(Layout):
     )
 
     def requirements(self, root: Path) -> list[Path]:
-        if os.path.exists(root / _MAT) and not os.path.exists(root / "images"):
-            return [root / _MAT, root / _SPLITS]
+        mat, files = _sources(root)
+        if mat:
+            return [] if files else [root / _MAT, root / _SPLITS]
         return [root / kind / split for kind in ("images", "annotations") for split in ("train", "test")]
 
     def looks_like(self, folder: Path) -> bool:
         return os.path.exists(folder / _MAT) or os.path.exists(folder / "images" / "test")
 
     def splits(self, root: Path) -> Iterator[Split]:
-        mat, files = os.path.exists(root / _MAT), os.path.exists(root / "images")
+        mat, files = _sources(root)
         if mat and files:
-            both = f"both images/ and {_MAT} are there; runs must say which (source), only images/ are checked"
-            yield from self._of_files(root, [Problem("sources", both)])
+            both = f"both images/ and {_MAT} are there: a recipe's `source` says which one it reads"
+            notes = [Problem("sources", both)]
+            for name, splits in (("files", self._of_files(root)), ("mat", self._of_mat(root))):
+                for split in splits:
+                    yield replace(split, name=f"{name}/{split.name}", warnings=[*notes, *split.warnings])
+                    notes = []
         elif mat:
             yield from self._of_mat(root)
         else:
-            yield from self._of_files(root, [])
+            yield from self._of_files(root)
 
-    def _of_files(self, root: Path, common: list[Problem]) -> Iterator[Split]:
+    def obstacles(self, root: Path) -> list[str]:
+        """None where both sources are there: the reader knows which one counts, and names what that one lacks."""
+        return [] if all(_sources(root)) else super().obstacles(root)
+
+    def judge(self, root: Path, split: Split) -> list[Problem]:
+        from clipbench.data.nyuv2 import JUDGED, implausible_median, read_depth
+        from clipbench.errors import CorruptFileError
+
+        mat: LabeledMat | None = split.context
+        medians = []
+        for sample in spread(split.samples, JUDGED):
+            try:
+                depth = read_depth(sample[1]) if mat is None else mat.depth(_place(sample), filled=False)
+            except CorruptFileError:
+                continue  # `inspect` tells
+            medians.append(float(np.median(depth[depth > 0])))
+        wrong = implausible_median(medians, "millimetres" if mat is None else "metres")
+        return [Problem("depth-unit", f"{split.name}: {wrong}")] if wrong else []
+
+    def _of_files(self, root: Path) -> Iterator[Split]:
         for split in ("train", "test"):
             folders = {kind: root / kind / split for kind in ("images", "annotations", "normals")}
             try:
@@ -62,9 +90,9 @@ class NYUv2(Layout):
                 depths = stems(folders["annotations"], ".png")
                 normals = stems(folders["normals"], ".png") if os.path.exists(folders["normals"]) else set()
             except UnreadableError as error:
-                yield Split(split, [], [*common, error.problem(root)])
+                yield Split(split, [], [error.problem(root)])
                 continue
-            problems = list(common)
+            problems: list[Problem] = []
             warnings: list[Problem] = []
             problems += _lost(
                 "missing-depth", f"{split} images without depth", folders["annotations"], images - depths, root
@@ -88,7 +116,6 @@ class NYUv2(Layout):
                 for name in sorted(images & depths)
             ]
             yield Split(split, samples, problems, warnings=warnings)
-            common = []
 
     def _of_mat(self, root: Path) -> Iterator[Split]:
         from clipbench.data.nyuv2 import LabeledMat, ladicky_path, member_path, read_splits, split_faults
@@ -138,7 +165,7 @@ class NYUv2(Layout):
             if mat is None:
                 image = read_image(sample[0])
             else:
-                place = int(sample[0].name.rpartition("#")[2]) - 1
+                place = _place(sample)
                 image = mat.image(place)
                 mat.depth(place, filled=True)
         except CorruptFileError as error:
@@ -178,6 +205,16 @@ class NYUv2Labeled(NYUv2):
 
     def splits(self, root: Path) -> Iterator[Split]:
         yield from self._of_mat(root)
+
+
+def _sources(root: Path) -> tuple[bool, bool]:
+    """Whether the .mat and the folders of images are there."""
+    return os.path.exists(root / _MAT), os.path.exists(root / "images")
+
+
+def _place(sample: Sample) -> int:
+    """0-based place in the .mat."""
+    return int(sample[0].name.rpartition("#")[2]) - 1
 
 
 def _lost(kind: str, what: str, folder: Path, names: set[str], root: Path, suffix: str = ".png") -> list[Problem]:

@@ -147,6 +147,17 @@ def _scan(shard: Path) -> _Members:
     return found
 
 
+class ShardSample(tuple[Path, ...]):
+    """(shard#member,) that knows its row in the scan: a search for it would be quadratic over a check of them all."""
+
+    row: int
+
+    def __new__(cls, name: Path, row: int) -> ShardSample:
+        made = super().__new__(cls, (name,))
+        made.row = row
+        return made
+
+
 class ShardSamples(Sequence[Sample]):
     """(shard#member,) of every image, made when asked for."""
 
@@ -159,16 +170,15 @@ class ShardSamples(Sequence[Sample]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return (Path(f"{self._shards[int(self._scan.shard[index])]}#{self._scan.members[index]}"),)
+        row = range(len(self))[index]
+        return ShardSample(Path(f"{self._shards[int(self._scan.shard[row])]}#{self._scan.members[row]}"), row)
 
     def place(self, sample: Sample) -> tuple[Path, int, int]:
-        """Shard, first byte and number of bytes of a sample."""
-        for number, shard in enumerate(self._shards):
-            if str(sample[0]).startswith(f"{shard}#"):
-                for row in np.flatnonzero(self._scan.shard == number):
-                    if self[int(row)] == sample:
-                        return shard, int(self._scan.offset[row]), int(self._scan.size[row])
-        raise KeyError(sample)
+        """Shard, first byte and number of bytes of a sample that came from here."""
+        if not isinstance(sample, ShardSample):
+            raise TypeError("not a sample of this layout")
+        row = sample.row
+        return self._shards[int(self._scan.shard[row])], int(self._scan.offset[row]), int(self._scan.size[row])
 
 
 class WebDataset(Layout):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from clipbench.data.layouts.base import Fault, Layout, Sample, Split
+from clipbench.data.layouts.base import Fault, Layout, Problem, Sample, Split
 
 
 class Toyworld(Layout):
@@ -43,6 +43,20 @@ class Toyworld(Layout):
         name, _, own = split.name.partition("/")
         found = self.parts[name].inspect(root, replace(split, name=own), sample)
         return [(f"{name}/{kind}", text) for kind, text in found]
+
+    def judge(self, root: Path, split: Split) -> list[Problem]:
+        name, _, own = split.name.partition("/")
+        found = self.parts[name].judge(root, replace(split, name=own))
+        return [replace(problem, kind=f"{name}/{problem.kind}") for problem in found]
+
+    def restricted(self, folders: Collection[str]) -> Toyworld:
+        """A toyworld of those parts that hold one of the folders, or lie in one."""
+
+        def overlap(one: str, other: str) -> bool:
+            one, other = f"{one.strip('/')}/", f"{other.strip('/')}/"
+            return one.startswith(other) or other.startswith(one)
+
+        return Toyworld([part for part in self.parts.values() if any(overlap(part.folder, f) for f in folders)])
 
     def messages(self) -> dict[str, str]:
         """Each part's own, as "coco/bad-box", since a kind may have another message in another layout."""
