@@ -86,8 +86,10 @@ class Detection(Family):
 
     def open(self, partners: Sequence[Family] = ()) -> Data:
         config = self.config
-        val = with_pipeline(build_dataset(config.val_data, config.test_pipeline, self.root), config.test_pipeline)
-        train = build_dataset(config.train_data, config.train_pipeline, self.root)
+        masks = any(step.get("with_mask", False) for step in config.train_pipeline)
+        val = build_dataset(config.val_data, config.test_pipeline, self.root, masks)
+        val = with_pipeline(val, config.test_pipeline)
+        train = build_dataset(config.train_data, config.train_pipeline, self.root, masks)
         self.classes = tuple(val.metainfo["classes"])
         if tuple(train.metainfo["classes"]) != self.classes:
             raise ClipbenchError(
@@ -285,10 +287,15 @@ class CocoInstances(CocoDataset):
     Args:
         ann_file: JSON file, relative to `data_root`.
         metainfo: `classes` restricts the data set to these names.
+        needs_masks: Refuse objects without a mask.
         kwargs: Of `CocoDataset`.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *args: Any, needs_masks: bool = True, **kwargs: Any) -> None:
+        self._needs_masks = needs_masks
+        super().__init__(*args, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """mmdet's list of images, each with `annotations`: all of its objects as `Annotation`s.
@@ -296,7 +303,7 @@ class CocoInstances(CocoDataset):
         Raises:
             ClipbenchError: The file cannot be used; what is wrong with it is listed.
         """
-        content = read_instances(Path(self.ann_file), Path(self.data_prefix["img"]))
+        content = read_instances(Path(self.ann_file), Path(self.data_prefix["img"]), self._needs_masks)
         names = {category["id"]: category["name"] for category in content["categories"]}
         wanted = self._metainfo.get("classes", tuple(names.values()))
         if missing := sorted(set(wanted) - set(names.values())):
@@ -331,19 +338,20 @@ class CocoInstances(CocoDataset):
         return images
 
 
-def read_instances(file: Path, folder: Path) -> dict[str, Any]:
+def read_instances(file: Path, folder: Path, masks: bool = True) -> dict[str, Any]:
     """A COCO instances file, examined for what would break the run later or change a score without a word.
 
     Args:
         file: The JSON.
         folder: Of its images.
+        masks: Every object must have one.
 
     Raises:
         ClipbenchError: It is not there, is no JSON, or says impossible things; all of them are named at once.
     """
     try:
         content = read_coco(file)
-        errors = examine_coco(content, file.name, {entry.name for entry in folder.iterdir()}).errors
+        errors = examine_coco(content, file.name, {entry.name for entry in folder.iterdir()}, masks).errors
     except OSError as error:
         raise ClipbenchError(f"{error.filename or file} cannot be read ({error.strerror or error})") from error
     if errors:
@@ -377,17 +385,22 @@ class CheckImageSize(BaseTransform):
         return results
 
 
-def build_dataset(configs: Sequence[Mapping[str, Any]], pipeline: Sequence[Mapping[str, Any]], root: Path) -> Any:
+def build_dataset(
+    configs: Sequence[Mapping[str, Any]], pipeline: Sequence[Mapping[str, Any]], root: Path, masks: bool = True
+) -> Any:
     """mmdet's data set, or several of the same classes put end to end, under `root`.
 
     Args:
         configs: mmdet data-set configs.
         pipeline: Transforms.
         root: Folder of the data set.
+        masks: Every object must have a mask; boxes are enough otherwise.
     """
     with DefaultScope.overwrite_default_scope("mmdet"):
         built = [
-            DATASETS.build({**copy.deepcopy(dict(config)), "data_root": str(root), "pipeline": []})
+            DATASETS.build(
+                {**copy.deepcopy(dict(config)), "data_root": str(root), "pipeline": [], "needs_masks": masks}
+            )
             for config in configs
         ]
     dataset = built[0] if len(built) == 1 else ConcatDataset(built)

@@ -415,7 +415,9 @@ def test_bad_files_are_named(families, rooms, tmp_path):
 
 def test_eigen_crop_of_another_size_says_what_to_type(families, tiny_backbone):
     family = families()[0]
-    family.config.evaluation["eigen_crop"] = True
     _, targets = family.preprocess(tiny_backbone)(batch_of(family.open().val, [0]), training=False)
+    family.config.evaluation["eigen_crop"] = True
+    with pytest.raises(UsageError, match="eigen_crop=False"):
+        family.open()
     with pytest.raises(UsageError, match="eigen_crop=False"):
         family.new_metric(torch.device("cpu")).process([torch.ones(1, SIZE, SIZE)], targets)
