@@ -409,3 +409,19 @@ def test_a_truncated_image_is_named(family, tiny_coco, tmp_path):
     with pytest.raises(OSError, match=r"(?i)truncated") as caught:
         data.val[1]
     assert str(path) in family.describe_failure(data.val, 1, caught.value)
+
+
+def test_boxes_are_enough_where_no_head_has_masks(family, tiny_coco, tmp_path):
+    def boxes_only(text):
+        content = json.loads(text)
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        return json.dumps(content)
+
+    family.root = spoilt(tiny_coco, tmp_path, boxes_only)
+    with pytest.raises(ClipbenchError, match="no segmentation"):
+        family.open()
+    for step in family.config.train_pipeline:
+        if step["type"] == "LoadAnnotations":
+            step["with_mask"] = False
+    assert len(family.open().val)
