@@ -11,6 +11,7 @@ import pytest
 from clipbench.errors import ClipbenchError
 from clipbench.results import (
     ABSENT,
+    PROTOCOL_VERSION,
     PerImage,
     bootstrap_records,
     diff_records,
@@ -52,7 +53,7 @@ def test_records_with_different_fingerprints_have_a_difference_to_show(make_reco
         {"precision": "bf16"},
         {"data": "toy"},
         {"mode": "finetune"},
-        {"protocol_version": 2},
+        {"protocol_version": PROTOCOL_VERSION + 1},
         {"backbone": {"features": []}},
     ):
         other = make_record(**settings)
