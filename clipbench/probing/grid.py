@@ -277,21 +277,23 @@ def _in_turn(requests: Sequence[ProbeRequest], screen: Screen, on_outcome: Calla
 def _job(request: ProbeRequest, environment: Mapping[str, str]) -> Outcome:
     """What a job runs; in each of its processes where there are several."""
     os.environ.update(environment)
-    # Wherever the row is, SIGTERM stops it with everything saved; submitit's own handler would do nothing.
-    signal.signal(signal.SIGTERM, _interrupt)
-    if request.nproc > 1:
-        from submitit.helpers import TorchDistributedEnvironment
-
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    from clipbench.probing.runner import InterruptedRunError
-    from clipbench.probing.screen import Screen
-
+    outcome = Outcome(request.backbone, request.task, "stopped")
     try:
-        outcome = attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))
-    except (InterruptedRunError, KeyboardInterrupt):
-        return Outcome(request.backbone, request.task, "stopped")
+        # Wherever the row is, SIGTERM stops it with everything saved; submitit's own handler would do nothing.
+        signal.signal(signal.SIGTERM, _interrupt)
+        if request.nproc > 1:
+            from submitit.helpers import TorchDistributedEnvironment
+
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        from clipbench.probing.runner import InterruptedRunError
+        from clipbench.probing.screen import Screen
+
+        with contextlib.suppress(InterruptedRunError):
+            outcome = attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))
+    except KeyboardInterrupt:
+        pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what became of the row is known
     if outcome.state == "failed" and request.nproc > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             os.kill(os.getppid(), signal.SIGTERM)  # the controller passes it on: the others would wait for this one
     return outcome
