@@ -293,9 +293,8 @@ def _job(request: ProbeRequest, environment: Mapping[str, str]) -> Outcome:
     except KeyboardInterrupt:
         pass
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what became of the row is known
-    if outcome.state == "failed" and request.nproc > 1:
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-            os.kill(os.getppid(), signal.SIGTERM)  # the controller passes it on: the others would wait for this one
+    if outcome.state == "failed" and request.nproc > 1 and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        os.kill(os.getppid(), signal.SIGTERM)  # the controller passes it on: the others would wait for this one
     return outcome
 
 
