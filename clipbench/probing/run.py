@@ -244,7 +244,9 @@ class Run:
         self.fingerprints = {task: dataset_fingerprint(own, root, always=common[task]) for task, own in files.items()}
         self.files = list(dict.fromkeys(file for own in files.values() for file in own))
         self.common_files = list(dict.fromkeys(file for own in common.values() for file in own))
-        self.data_fingerprint = self.fingerprint_of(self.files)
+        # With one task the two are the same, and archives and annotations of gigabytes are read once.
+        [first, *others] = self.fingerprints.values()
+        self.data_fingerprint = self.fingerprint_of(self.files) if others else first
         counts = [f"{len(self.data.val)} validation"]
         if train is not None:
             counts = [f"{len(self.train_indices)} training images", f"{len(self.holdout_indices)} held out", *counts]
@@ -265,7 +267,8 @@ class Run:
 
     def fingerprint_of(self, files: Sequence[Path]) -> str:
         """Of some of the run's files; every byte of lists and annotations of many images counts."""
-        always = [file for file in self.common_files if file in set(files)]
+        given = set(files)
+        always = [file for file in self.common_files if file in given]
         return dataset_fingerprint(files, self.plan.lead.root, always=always)
 
     def loader(self, dataset: Any, sampler: Any, batch_size: int) -> DataLoader[Any]:
