@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -26,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from clipbench.errors import UsageError, nearest
+from clipbench.registry.experts import ExpertSource, ExpertTask, Options, expert_options, parse_expert_source
 from clipbench.registry.sources import Source, WeightsKind, expand_home, parse_source
 
 VERSION = 1
@@ -46,9 +48,9 @@ Layout = Literal[
     "flickr30k",
     "coco-karpathy",
     "clip-benchmark",
+    "image-text-shards",
     "toyworld",
 ]
-ExpertTask = Literal["segmentation", "depth", "normals"]
 ResizeMode = Literal["crop", "squash", "longest"]
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
@@ -117,6 +119,16 @@ def _check_source(value: str, info: ValidationInfo) -> str:
         text = f"is not a source: {error.message}; {hint}".rstrip("; .")
         raise PydanticCustomError("source", "{text}", {"text": text}) from error
     return str(_located(source, info))
+
+
+def _check_expert_source(value: str, info: ValidationInfo) -> str:
+    try:
+        source = parse_expert_source(value)
+    except UsageError as error:
+        hint = error.hint[:1].lower() + error.hint[1:]
+        text = f"is not the source of an expert: {error.message}; {hint}".rstrip("; .")
+        raise PydanticCustomError("source", "{text}", {"text": text}) from error
+    return str(source if source.path is None else source.with_path(str(_local_path(Path(source.path), info))))
 
 
 Text = Annotated[str, BeforeValidator(_not_blank)]
@@ -292,18 +304,74 @@ class DatasetEntry(Entry):
     get: Text | None = None
 
 
+class HubFile(_Strict):
+    """A file of weights on the Hub.
+
+    Attributes:
+        repo: OWNER/NAME.
+        file: Its path in there.
+        revision: Branch, tag or commit.
+    """
+
+    repo: Annotated[str, Field(pattern=r"^[\w-][\w.-]*/[\w.-]+$")]
+    file: Text
+    revision: Text | None = None
+
+
 class ExpertEntry(Entry):
     """A pseudo-label source by name.
 
     Attributes:
         task: What it predicts.
-        source: Library and model, `LIBRARY:NAME`.
-        checkpoint: Own weights for it.
+        source: See `clipbench.registry.experts`.
+        checkpoint: A file of weights for the architecture of `source`.
+        hub: Where such a file is published, fetched when no `checkpoint` is given.
+        options: Of the adapter behind the source; see the classes of `clipbench.registry.experts`.
+        get: How to get its weights, where a page is not enough.
     """
 
     task: Annotated[ExpertTask, _one_of(get_args(ExpertTask))]
-    source: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*:\S+$")]
+    source: Annotated[str, AfterValidator(_check_expert_source)]
     checkpoint: LocalPath | None = None
+    hub: HubFile | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    get: Text | None = None
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> ExpertEntry:
+        try:
+            expert_options(self.parsed, self.task, self.options)
+        except UsageError as error:
+            text = f"{error.message}: {error.hint}".rstrip("; .")
+            raise PydanticCustomError("whole", "{text}", {"text": text}) from error
+        except ValidationError as error:
+            found = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]}" for e in error.errors()]
+            text = f"has options that its source does not take ({'; '.join(found)})"
+            raise PydanticCustomError("whole", "{text}", {"text": text}) from error
+        return self
+
+    @property
+    def parsed(self) -> ExpertSource:
+        """`source`, taken apart."""
+        return parse_expert_source(self.source)
+
+    @property
+    def parsed_options(self) -> Options:
+        """`options`, with the defaults of what is left out."""
+        return expert_options(self.parsed, self.task, self.options)
+
+    def check_ready(self) -> None:
+        """Refuse an entry whose checkpoint is not there.
+
+        Raises:
+            UsageError: The file does not exist.
+        """
+        if self.checkpoint is not None and not self.checkpoint.is_file():
+            how = f"\n{self.get}" if self.get else ""
+            raise UsageError(
+                f"expert '{self.name}' cannot be loaded: there is no file {self.checkpoint}",
+                f"Its entry ({self.origin}) names it as the checkpoint.{how}",
+            )
 
 
 class SuiteEntry(Entry):
