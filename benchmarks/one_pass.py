@@ -128,7 +128,7 @@ def against_mmseg(request: Any) -> tuple[float, list[float], float, list[float]]
     from clipbench.mmlab import log_to_file
     from clipbench.probing.plan import resolve
     from clipbench.probing.run import Run, pick_device
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     [plan] = resolve(request)
     device = pick_device(request.device)

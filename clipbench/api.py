@@ -77,8 +77,8 @@ def probe(
     from clipbench.probing import grid
     from clipbench.probing import probe as run_probe
     from clipbench.probing.plan import ProbeRequest
-    from clipbench.probing.screen import Screen
     from clipbench.registry import load_registry
+    from clipbench.screen import Screen
 
     if launcher not in grid.LAUNCHERS:
         raise UnknownNameError("launcher", launcher, grid.LAUNCHERS)
@@ -152,7 +152,7 @@ def evaluate(
         ClipbenchError: The head's file is gone, or weights or data are not those of the record.
     """
     from clipbench.probing.rescore import rescore
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     return rescore(
         record if not isinstance(record, str) else Path(record),

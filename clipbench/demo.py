@@ -7,8 +7,8 @@ from pathlib import Path
 
 from clipbench.data.toyworld.generate import WorldSpec, generate
 from clipbench.errors import UsageError
-from clipbench.probing.screen import Screen
 from clipbench.results import Record
+from clipbench.screen import Screen
 
 SIZE = 96
 MARKER = "clipbench-demo"  # in the folder of a demonstration, which may be run again

@@ -23,7 +23,7 @@ def demo(
 
     started = time.perf_counter()
     from clipbench.demo import run_demo
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     result = run_demo(folder, Screen(quiet=as_json), seed)
     seconds = time.perf_counter() - started

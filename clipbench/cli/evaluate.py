@@ -38,8 +38,8 @@ def evaluate(
       clipbench evaluate results/records/ade20k/dinov2-vitb14__linear__0123456789ab.json
     """
     from clipbench.probing.rescore import rescore
-    from clipbench.probing.screen import Screen
     from clipbench.results.record import read_record
+    from clipbench.screen import Screen
 
     before = read_record(record)
     now = rescore(

@@ -162,8 +162,8 @@ def probe(
         return
 
     from clipbench.probing import probe as run_probe
-    from clipbench.probing.screen import Screen
     from clipbench.probing.summary import print_records
+    from clipbench.screen import Screen
 
     first = int(os.environ.get("RANK", 0)) == 0
     records = run_probe(request, Screen(quiet=as_json, silent=not first))
@@ -181,8 +181,8 @@ def _grid(
     """Several backbones or tasks: a table of what became of each; exit status 1 where one failed."""
     from clipbench.probing.grid import check_paths, rehearse, run_rows
     from clipbench.probing.recipes import parse_set
-    from clipbench.probing.screen import Screen
     from clipbench.probing.summary import print_outcomes
+    from clipbench.screen import Screen
 
     results = requests[0].results
     if dry_run:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clipbench.probing.pictures import PredictionSheet
     from clipbench.probing.plan import ProbeRequest
-    from clipbench.probing.screen import Screen
     from clipbench.results import Record
+    from clipbench.screen import Screen
 
 
 def probe(
@@ -37,7 +37,7 @@ def probe(
         ClipbenchError: Data, weights or training failed in a way that the message explains.
     """
     from clipbench.probing.plan import resolve
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     plans = resolve(request)
 

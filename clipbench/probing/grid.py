@@ -26,8 +26,8 @@ from clipbench.probing.recipes import RecipeInfo, find_recipe, has_setting, task
 from clipbench.registry import Registry, load_registry
 
 if TYPE_CHECKING:
-    from clipbench.probing.screen import Screen
     from clipbench.results import Record
+    from clipbench.screen import Screen
 
 State = Literal["done", "finished before", "n/a", "failed", "stopped", "ready"]
 Launcher = Literal["none", "local", "slurm"]
@@ -286,7 +286,7 @@ def _job(request: ProbeRequest, environment: Mapping[str, str]) -> Outcome:
 
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         from clipbench.probing.runner import InterruptedRunError
-        from clipbench.probing.screen import Screen
+        from clipbench.screen import Screen
 
         with contextlib.suppress(InterruptedRunError):
             outcome = attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))

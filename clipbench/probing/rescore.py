@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
     from clipbench.probing.run import Run
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
 
 def rescore(

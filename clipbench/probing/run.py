@@ -47,7 +47,6 @@ from clipbench.probing.runner import (
     schedule,
     train,
 )
-from clipbench.probing.screen import Screen
 from clipbench.processes import agree, anywhere, barrier, gather, processes
 from clipbench.results import (
     BackboneInfo,
@@ -69,6 +68,7 @@ from clipbench.results import (
 )
 from clipbench.results import Trial as TriedSettings
 from clipbench.results.record import read_record, record_path, slug, write_text_atomically
+from clipbench.screen import Screen
 
 RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else

@@ -9,8 +9,8 @@ import pytest
 
 from clipbench.errors import UnknownNameError, UsageError
 from clipbench.probing import grid
-from clipbench.probing.screen import Screen
 from clipbench.registry import load_registry
+from clipbench.screen import Screen
 
 REGISTRY = """\
 version: 1

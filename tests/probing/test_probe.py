@@ -551,7 +551,7 @@ def test_an_error_of_several_processes_is_said_once(own_code, broken_ade20k, tmp
 
 def test_what_a_run_shows_is_plain_text(request_for, capsys):
     """No markup of rich's is left over, and a path that looks like it is shown as it is."""
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     probe(request_for(backbone="timm:resnet10t", steps=1, results=Path("x[bold]")), Screen())
     shown = capsys.readouterr().err

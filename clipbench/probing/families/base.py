@@ -30,7 +30,7 @@ from clipbench.data.stream import SizedDataset, stable_seed
 from clipbench.heads.fused import FusedHead
 from clipbench.probing.families import FAMILIES, FamilyInfo
 from clipbench.probing.features import FeatureSource, Images
-from clipbench.probing.screen import Screen
+from clipbench.screen import Screen
 
 HeadKind = Literal["trained", "fitted", "free"]
 # What `Metric.process` says of N images: a column is an (N, …) array, or a list of N arrays where images differ in

@@ -56,7 +56,7 @@ def context_of(family, data, backbone, head, folder):
     """As the engine makes it."""
     from clipbench.probing.families.base import BoundHead, FitContext
     from clipbench.probing.features import LiveFeatures
-    from clipbench.probing.screen import Screen
+    from clipbench.screen import Screen
 
     layers = family.layers(head, backbone.output)
     return FitContext(
