@@ -125,9 +125,10 @@ def timed_probe(request: Any) -> tuple[float, list[Any]]:
 
 def against_mmseg(request: Any) -> tuple[float, list[float], float, list[float]]:
     """Training time and loss curve of both sides, on the same stream of samples."""
+    from clipbench.devices import pick_device
     from clipbench.mmlab import log_to_file
     from clipbench.probing.plan import resolve
-    from clipbench.probing.run import Run, pick_device
+    from clipbench.probing.run import Run
     from clipbench.screen import Screen
 
     [plan] = resolve(request)

@@ -74,14 +74,15 @@ def probe(
             rows were tried: what the others gave is in the results folder.
     """
     from clipbench.errors import ClipbenchError, UnknownNameError
+    from clipbench.jobs import LAUNCHERS
     from clipbench.probing import grid
     from clipbench.probing import probe as run_probe
     from clipbench.probing.plan import ProbeRequest
     from clipbench.registry import load_registry
     from clipbench.screen import Screen
 
-    if launcher not in grid.LAUNCHERS:
-        raise UnknownNameError("launcher", launcher, grid.LAUNCHERS)
+    if launcher not in LAUNCHERS:
+        raise UnknownNameError("launcher", launcher, LAUNCHERS)
     request = ProbeRequest(
         backbone=backbone,
         task=task,
@@ -111,7 +112,7 @@ def probe(
     rows = grid.rows(request)
     if len(rows) == 1 and launcher == "none":
         return run_probe(rows[0], screen)
-    outcomes = grid.run_rows(rows, screen, jobs=jobs, launcher=launcher, cluster=cluster)  # type: ignore[arg-type]
+    outcomes = grid.run_rows(rows, screen, jobs=jobs, launcher=launcher, cluster=cluster)
     failed = [one for one in outcomes if one.state in ("failed", "stopped")]
     if failed:
         listed = "\n  ".join(f"{one.backbone}, {one.task}: {one.message or one.state}" for one in failed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +19,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-Advance = Callable[[int, str], None]
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, count: int, text: str = "", total: int | None = None) -> None:
+        """`count` more units; `text` stands at the end of the line; `total` corrects how many there will be."""
 
 
 class RateColumn(ProgressColumn):
@@ -56,11 +62,17 @@ class Screen:
         self.console.print(Text.assemble(("warning: ", "bold yellow"), text))
 
     @contextmanager
-    def progress(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    def progress(self, description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Advance]:
         """A progress bar with rate and time left.
 
+        Args:
+            description: Stands before the bar.
+            total: Units in all; None while that is not known.
+            unit: Of the rate.
+            done: Units before the start.
+
         Yields:
-            `advance(n, text)`: n more units; the text stands at the end of the line.
+            See `Advance`.
         """
         bar = Progress(
             SpinnerColumn(),
@@ -76,10 +88,10 @@ class Screen:
         with bar:
             task = bar.add_task(description, total=total, completed=done, text="")
 
-            def advance(count: int, text: str = "") -> None:
-                if text:
-                    bar.update(task, advance=count, text=text)
-                else:
-                    bar.advance(task, count)
+            def advance(count: int, text: str = "", total: int | None = None) -> None:
+                changes: dict[str, Any] = {"text": text} if text else {}
+                if total is not None:
+                    changes["total"] = total
+                bar.update(task, advance=count, **changes)
 
             yield advance

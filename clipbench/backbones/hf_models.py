@@ -177,7 +177,7 @@ class HfLibrary(Library[HfTower]):
         del output_stride
         if img_size is not None:
             raise TypeError("models of transformers are built for the size in their configuration")
-        with self._files("the configuration", "config.json"):
+        with self.files("the configuration", "config.json"):
             config = AutoConfig.from_pretrained(self.repo, revision=self.revision, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         if config.model_type in _REFUSED:
@@ -193,7 +193,7 @@ class HfLibrary(Library[HfTower]):
             pooled = report is None or not any(_is_pooler(name) for name in report.missing)
             return HfTower(model.eval(), pooled).eval(), report
 
-        with self._files("the weights", "model.safetensors (or pytorch_model.bin)"), _quiet():
+        with self.files("the weights", "model.safetensors (or pytorch_model.bin)"), quiet():
             model, info = AutoModel.from_pretrained(
                 self.repo,
                 revision=self.revision,
@@ -218,12 +218,13 @@ class HfLibrary(Library[HfTower]):
         return tower, None
 
     def input(self, tower: HfTower) -> InputSpec:
-        with self._files("the image processor", "preprocessor_config.json"), torch.device("cpu"):
+        with self.files("the image processor", "preprocessor_config.json"), torch.device("cpu"):
             processor = AutoImageProcessor.from_pretrained(self.repo, revision=self.revision, trust_remote_code=False)
         return _input_spec(self.source, processor, tower.model.config)
 
     @contextmanager
-    def _files(self, what: str, files: str) -> Iterator[None]:
+    def files(self, what: str, files: str) -> Iterator[None]:
+        """Around code of transformers that reads files of the repository; turns its errors into ours."""
         if self.local:
             try:
                 yield
@@ -303,7 +304,7 @@ def _is_pooler(name: str) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers reports what it did not find on the screen; here that is looked at instead."""
     before = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()

@@ -155,32 +155,47 @@ class PythonLibrary(Library[ModuleTower | BackboneTower]):
         return _input_spec(self.source, tower.module)
 
     def _callable(self) -> Callable[[], Any]:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        try:
-            module = importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            if error.name is not None and f"{self.module}.".startswith(f"{error.name}."):
-                raise UsageError(
-                    f"{self.source}: there is no module '{error.name}'",
-                    f"Looked in {os.getcwd()} and in the Python environment.",
-                ) from error
-            raise UsageError(f"{self.source}: it imports a module '{error.name}' that is not installed") from error
-        except Exception as error:  # a module may fail in any way while it is imported, from its syntax on
+        return import_factory(self.source, self.module, self.factory)
+
+
+def import_factory(source: str, module: str, factory: str) -> Callable[[], Any]:
+    """A callable of somebody's own module, importable from the working directory or the environment.
+
+    Args:
+        source: For messages, as in "python:my_models:build".
+        module: Its dotted name.
+        factory: Name of the callable in it.
+
+    Raises:
+        UsageError: The module is not there or fails to import, or the callable requires arguments.
+        UnknownNameError: There is no such callable in it.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise UsageError(
-                f"{self.source}: importing module {self.module} failed ({type(error).__name__}: {error})",
-                f'For its traceback: python -c "import {self.module}"',
+                f"{source}: there is no module '{error.name}'",
+                f"Looked in {os.getcwd()} and in the Python environment.",
             ) from error
-        factory = getattr(module, self.factory, None)
-        if not callable(factory):
-            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise UnknownNameError(f"factory of module {self.module}", self.factory, names)
-        if needed := _required_parameters(factory):
-            raise UsageError(
-                f"{self.source} cannot be called without arguments; it requires {', '.join(needed)}",
-                f"Give them defaults, or name a function that takes none: def make(): return {self.factory}(…)",
-            )
-        return factory
+        raise UsageError(f"{source}: it imports a module '{error.name}' that is not installed") from error
+    except Exception as error:  # a module may fail in any way while it is imported, from its syntax on
+        raise UsageError(
+            f"{source}: importing module {module} failed ({type(error).__name__}: {error})",
+            f'For its traceback: python -c "import {module}"',
+        ) from error
+    found = getattr(imported, factory, None)
+    if not callable(found):
+        names = [n for n, v in vars(imported).items() if callable(v) and not n.startswith("_")]
+        raise UnknownNameError(f"factory of module {module}", factory, names)
+    if needed := _required_parameters(found):
+        raise UsageError(
+            f"{source} cannot be called without arguments; it requires {', '.join(needed)}",
+            f"Give them defaults, or name a function that takes none: def make(): return {factory}(…)",
+        )
+    return found
 
 
 def _required_parameters(factory: Callable[..., Any]) -> list[str]:

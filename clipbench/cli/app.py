@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from clipbench import __version__
+from clipbench.cli.audit import audit
 from clipbench.cli.common import print_error
 from clipbench.cli.data import app as data
 from clipbench.cli.demo import demo
 from clipbench.cli.evaluate import evaluate
+from clipbench.cli.label import label
 from clipbench.cli.leaderboard import diff, leaderboard
 from clipbench.cli.list_ import list_
 from clipbench.cli.probe import probe
@@ -47,6 +49,8 @@ def _root(
 
 app.command("probe")(probe)
 app.command("evaluate")(evaluate)
+app.command("label")(label)
+app.command("audit")(audit)
 app.command("demo")(demo)
 app.command("list")(list_)
 app.command("show")(show)

@@ -98,7 +98,8 @@ def probe(
 
       clipbench probe -b clip-vitb16 -t nyuv2-depth,nyuv2-normals
     """
-    from clipbench.probing.grid import LAUNCHERS, is_grid, rows
+    from clipbench.jobs import LAUNCHERS
+    from clipbench.probing.grid import is_grid, rows
     from clipbench.probing.plan import ProbeRequest
     from clipbench.probing.recipes import parse_set
     from clipbench.registry import load_registry

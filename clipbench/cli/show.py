@@ -120,7 +120,13 @@ def _dataset(entry: DatasetEntry) -> Facts:
 
 
 def _expert(entry: ExpertEntry) -> Facts:
-    return {"entry": entry.record()}
+    """The entry, its options with their defaults, and what it lacks on this machine."""
+    facts: Facts = {"entry": entry.record(), "options": entry.parsed_options.model_dump(mode="json")}
+    try:
+        entry.check_ready()
+    except ClipbenchError as error:
+        facts["note"] = str(error)
+    return facts
 
 
 def _suite(entry: SuiteEntry) -> Facts:
@@ -191,7 +197,16 @@ def _print_task(console: Console, facts: Facts) -> None:
 def _print_expert(console: Console, facts: Facts) -> None:
     entry = facts["entry"]
     pairs = [(key, entry.get(key)) for key in ("task", "source", "checkpoint")]
+    hub = entry.get("hub")
+    pairs.append(("published at", f"{hub['repo']}, {hub['file']}" if hub else None))
+    given = entry.get("options", {})
+    for name, value in facts["options"].items():
+        shown = "the model's own" if value is None else value
+        pairs.append((f"option {name}", f"{shown}" if name in given else f"{shown} (default)"))
+    pairs.append(("how to get it", entry.get("get")))
     _print_facts(console, "expert", entry["name"], [*pairs, *_common(entry)])
+    if "note" in facts:
+        _print_note(console, facts["note"])
 
 
 def _print_suite(console: Console, facts: Facts) -> None:

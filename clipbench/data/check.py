@@ -162,7 +162,11 @@ def check_dataset(
     for kind, message in spec.messages().items():
         if faults[kind]:
             report.errors.append(Problem(kind, message.format(n=len(faults[kind])), tuple(sorted(faults[kind]))))
-    report.decoded, report.total = len(chosen), len({_name(one) for split in splits for one in split.samples})
+    report.decoded = len(chosen)
+    if len(splits) == 1:
+        report.total = len(splits[0].samples)
+    else:
+        report.total = len({_name(one) for split in splits for one in split.samples})
     if layout == "toyworld":
         from clipbench.data.toyworld.generate import check_against_manifest
 
@@ -179,12 +183,14 @@ def _leaks(splits: list[Split], root: Path, full: bool) -> tuple[list[Problem], 
     """
     leaks, copies = [], []
     # Names and not paths, which take many times the memory: there may be millions.
-    groups: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    groups: dict[str, dict[str, list[Split]]] = defaultdict(lambda: defaultdict(list))
     for split in splits:
         group, _, name = split.name.rpartition("/")
-        groups[group]["val" if name in ("val", "test") else "train"].update(map(_name, split.samples))
+        groups[group]["val" if name in ("val", "test") else "train"].append(split)
     for sides in groups.values():
-        train, val = sides["train"], sides["val"]
+        if len(sides) < 2:
+            continue  # nothing to compare
+        train, val = ({_name(one) for split in sides[side] for one in split.samples} for side in ("train", "val"))
         listed = sorted(relative(Path(p), root) for p in train & val)
         if listed:
             leaks.append(Problem("leak", f"{len(listed)} images are in train and in val", tuple(listed)))

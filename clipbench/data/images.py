@@ -174,7 +174,7 @@ class _Files(Sequence[Path]):
         return self._images.file(index % len(self))
 
 
-def decode_rgb(encoded: bytes, name: str) -> Image.Image:
+def decode_rgb(encoded: bytes, name: str, longest: int | None = None) -> Image.Image:
     """An encoded image as RGB, the way torchvision, timm and open_clip read it: `Image.open(...).convert("RGB")`.
 
     CMYK and palettes are converted, an alpha channel is dropped, the EXIF orientation is not applied.
@@ -182,12 +182,13 @@ def decode_rgb(encoded: bytes, name: str) -> Image.Image:
     Args:
         encoded: The file's bytes.
         name: For the error.
+        longest: Images whose longer side is more than this many pixels are reduced to it; a JPEG while it is decoded.
 
     Raises:
         CorruptFileError: Not an image, truncated, or of a mode (16-bit grey, floating point) that those libraries
             would clip without a word.
     """
-    return _converted(io.BytesIO(encoded), name)
+    return _converted(io.BytesIO(encoded), name, longest)
 
 
 def why_unreadable(encoded: bytes) -> str:
@@ -201,12 +202,19 @@ def why_unreadable(encoded: bytes) -> str:
     return ""
 
 
-def _converted(source: Any, name: str) -> Image.Image:
+def _converted(source: Any, name: str, longest: int | None = None) -> Image.Image:
     try:
         with Image.open(source) as image:
+            if longest is not None:
+                # By 2, 4 or 8, to twice the final size at least: more would show. Only a JPEG can do it.
+                share = min(1.0, 2 * longest / max(image.size))
+                image.draft(None, (max(1, int(image.width * share)), max(1, int(image.height * share))))
             if image.mode in _WIDE_MODES:
                 raise _corrupt(name, f"has more than 8 bits a channel (mode {image.mode}), which would be clipped")
-            return image.convert("RGB")
+            converted = image.convert("RGB")
+            if longest is not None:
+                converted.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+            return converted
     except UnidentifiedImageError as error:
         raise _corrupt(name, "not an image") from error
     # All that Pillow raises for damaged or dangerous files.

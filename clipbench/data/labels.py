@@ -73,6 +73,8 @@ COCO_SUPERCATEGORIES: dict[str, dict[int, str]] = {
 # fmt: on
 VOC_VOID = 255
 COCO_IDS: dict[str, int] = {name: id_ for group in COCO_SUPERCATEGORIES.values() for id_, name in group.items()}
+# The 80 things without the holes; contiguous id = position, as mmdet numbers them.
+COCO_CLASSES: tuple[str, ...] = tuple(COCO_IDS)
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:

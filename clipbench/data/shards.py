@@ -7,7 +7,6 @@ needs sample number i, so a table of where each image lies is made once, from th
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from clipbench.data.folders import refuse
 from clipbench.data.images import LabelledImages, Names
 from clipbench.data.layouts.shards import WebDataset, find_shards, read_class_names, scan_shards
 from clipbench.errors import UsageError
+from clipbench.files import atomic
 
 _INDEX_VERSION = 1
 
@@ -114,12 +114,9 @@ def _key(root: Path, shards: Sequence[Path]) -> str:
 
 
 def _save(file: Path, index: _Index) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     members = np.frombuffer("\0".join(index.members).encode("utf-8", "surrogateescape"), np.uint8)
-    with temporary.open("wb") as out:
+    with atomic(file) as temporary, temporary.open("wb") as out:
         np.savez(out, shard=index.shard, offset=index.offset, size=index.size, labels=index.labels, members=members)
-    temporary.replace(file)
 
 
 def _load(file: Path) -> _Index:

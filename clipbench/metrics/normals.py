@@ -133,3 +133,19 @@ def angles_between(a: Tensor, b: Tensor) -> Tensor:
     zero = (cross == 0) & (dot == 0)
     angles = torch.rad2deg(torch.atan2(cross, dot))
     return torch.nan_to_num(torch.where(zero, 90.0, angles), nan=180.0)
+
+
+def expected_angular_error(kappa: Tensor) -> Tensor:
+    """Expected angle, in degrees, between the mean direction of an angular von Mises-Fisher distribution and a draw.
+
+    The distribution of Bae et al. (ICCV 2021) is p(n) = (κ²+1) exp(-κθ) / (2π (1+exp(-κπ))), θ the angle to the mean.
+    Its expected θ is 2κ/(κ²+1) + π/(1+exp(κπ)) radians and falls with κ: 90° at 0, 64.8° at 1, 22.0° at 5, 5.7° at 20.
+
+    Args:
+        kappa: Concentration, 0 or more; any shape, any floating type.
+
+    Returns:
+        Of the same shape and type.
+    """
+    radians = 2 * kappa / (kappa.square() + 1) + torch.pi * torch.sigmoid(-torch.pi * kappa)
+    return torch.rad2deg(radians)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
+from clipbench.jobs import POLL, Launcher, array_numbers, make_executor, results_of, stop, submit_undisturbed
 from clipbench.probing.plan import NotApplicableError, ProbeRequest, check_request, check_settings
 from clipbench.probing.recipes import RecipeInfo, find_recipe, has_setting, task_names
 from clipbench.registry import Registry, load_registry
@@ -30,12 +31,8 @@ if TYPE_CHECKING:
     from clipbench.screen import Screen
 
 State = Literal["done", "finished before", "n/a", "failed", "stopped", "ready"]
-Launcher = Literal["none", "local", "slurm"]
-LAUNCHERS = ("none", "local", "slurm")
 
 _NO_HEAD = "the task has none of the heads asked for"
-_FOREVER = 60 * 24 * 365  # minutes; submitit's own limit for local jobs is five
-_POLL = 0.5  # seconds between looks at running jobs
 # Families whose tasks may look at the same images in one backbone pass; whether they do, `preflight.join` decides.
 _JOINABLE = ("depth", "normals")
 
@@ -310,29 +307,12 @@ def _as_jobs(
     cluster: Mapping[str, Any],
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
-    # Or importing it would close the log files of every logger in this process (`logging.config.dictConfig`).
-    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
-    import submitit
-
     folder = requests[0].results / "jobs"
     local = launcher != "slurm"
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm")
-        executor.update_parameters(
-            **{
-                "name": "clipbench",
-                "timeout_min": _FOREVER if local else 24 * 60,
-                "tasks_per_node": max(request.nproc for request in requests),
-                **({} if local else {"slurm_array_parallelism": jobs if jobs > 1 else 256}),
-                **cluster,
-            }
-        )
-    except RuntimeError as error:
-        raise UsageError(
-            f"--launcher slurm: {str(error).splitlines()[0]}", "Type it where `sbatch` and `srun` are, a login node."
-        ) from error
-    except (NameError, ValueError, TypeError) as error:  # what submitit raises for unknown parameters
-        raise UsageError(f"--slurm: {str(error).splitlines()[0]}", "Example: --slurm slurm_partition=gpu") from error
+    parameters = {"tasks_per_node": max(request.nproc for request in requests)}
+    if not local:
+        parameters["slurm_array_parallelism"] = jobs if jobs > 1 else 256
+    executor = make_executor(folder, local, parameters, cluster)
     slots = _slots(jobs, max(request.nproc for request in requests)) if local else [{}] * len(requests)
     outcomes: dict[int, Outcome] = {}
     running: dict[int, tuple[Any, int]] = {}
@@ -345,23 +325,23 @@ def _as_jobs(
                 submitted = [executor.submit(_job, request, {}) for request in requests]
             running = {place: (job, place) for place, job in enumerate(submitted)}
             waiting = []
-            screen.note(f"submitted: {', '.join(sorted({str(job.job_id).split('_')[0] for job in submitted}))}")
+            screen.note(f"submitted: {array_numbers(submitted)}")
         while waiting or running:
             while waiting and free:
                 place, slot = waiting.pop(0), free.pop(0)
                 screen.note(f"started: {requests[place].backbone}, {requests[place].task}")
-                running[place] = (_submit(executor, requests[place], slots[slot]), slot)
+                running[place] = (submit_undisturbed(executor, _job, requests[place], slots[slot]), slot)
             for place, (job, slot) in list(running.items()):
                 if job.done():
                     outcomes[place] = _result(job, requests[place])
                     del running[place]
                     free.append(slot)
                     on_outcome(outcomes[place])
-            time.sleep(_POLL)
+            time.sleep(POLL)
     except KeyboardInterrupt:
         if local:
             screen.note("stopping: each row ends its step and saves it")
-            _stop([job for job, _ in running.values()])
+            stop([job for job, _ in running.values()])
         else:
             screen.warn("the Slurm jobs go on; `scancel` ends them")
     return [
@@ -370,34 +350,11 @@ def _as_jobs(
     ]
 
 
-def _submit(executor: Any, request: ProbeRequest, environment: Mapping[str, str]) -> Any:
-    """Start a local job that Ctrl-C in this terminal does not reach; `_stop` tells it."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started here
-    try:
-        return executor.submit(_job, request, environment)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _stop(jobs: Sequence[Any]) -> None:
-    """Ask local jobs to stop, and wait until they have."""
-    for job in jobs:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job.job_id), signal.SIGTERM)  # a local job's id is its controller's, which passes it on
-    while not all(job.done() for job in jobs):
-        time.sleep(_POLL)
-
-
 def _result(job: Any, request: ProbeRequest) -> Outcome:
     """The outcome that a job returned, or that it died."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    try:
-        outcomes: list[Outcome] = job.results()
-    except (FailedJobError, UncompletedJobError) as error:
-        lines = [line for line in (job.stderr() or "").strip().splitlines() if line.strip()]
-        reason = lines[-1] if lines else str(error).splitlines()[0]
-        return Outcome(request.backbone, request.task, "failed", message=f"{reason}\nIts log: {job.paths.stderr}")
+    outcomes, why = results_of(job)
+    if not outcomes:
+        return Outcome(request.backbone, request.task, "failed", message=why)
     # Where one process failed, the others were stopped: it knows why.
     return next((outcome for outcome in outcomes if outcome.state == "failed"), outcomes[0])
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from clipbench.files import atomic
+
 _GAP = 4
 _LINE = 14  # pixels of a caption's line
 _FONT = 11
@@ -72,10 +74,8 @@ class PredictionSheet:
         if not self._rows:
             return False
         sheet = self._layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        sheet.save(temporary, format="PNG", optimize=True)
-        temporary.replace(path)
+        with atomic(path) as temporary:
+            sheet.save(temporary, format="PNG", optimize=True)
         return True
 
     def _layout(self) -> Image.Image:

@@ -46,8 +46,9 @@ def rescore(
 
     from clipbench.data import require_layout, resolve_root
     from clipbench.data.roots import get_hint
+    from clipbench.devices import pick_device
     from clipbench.mmlab import log_to_file
-    from clipbench.probing.run import Run, pick_device
+    from clipbench.probing.run import Run
 
     names = load_registry(registry)
     dataset = names.dataset(recipe.dataset)

@@ -28,7 +28,9 @@ from clipbench.data.stream import (
     TrainingStream,
     stable_seed,
 )
-from clipbench.errors import ClipbenchError, UsageError
+from clipbench.devices import pick_device
+from clipbench.errors import ClipbenchError
+from clipbench.files import atomic
 from clipbench.mmlab import log_to_file
 from clipbench.probing.evaluate import Evaluation, Timing, evaluate
 from clipbench.probing.families.base import BoundHead, Columns, Data, Family, FitContext
@@ -924,39 +926,9 @@ def split_holdout(count: int, fraction: float, max_images: int) -> tuple[list[in
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write safetensors atomically; tensors that share memory are written twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary, metadata
-    )
-    temporary.replace(path)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU; under a launcher each process its own GPU.
-
-    Raises:
-        UsageError: The device does not exist here.
-    """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name} is no device", "Use auto, cpu, cuda, cuda:N or mps.") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: no CUDA device is available to torch", "Use --device cpu.")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices", "Lower --nproc?")
-        torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"--device {name}: not available here", "Use --device cpu.")
-    elif device.type not in ("cpu", "mps"):
-        raise UsageError(f"--device {name} is not supported", "Use auto, cpu, cuda, cuda:N or mps.")
-    return device
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(own, temporary, metadata)
 
 
 def merged(evaluation: Evaluation) -> Evaluation:

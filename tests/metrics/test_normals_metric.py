@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from clipbench.metrics.normals import THRESHOLDS, NormalsMetric
+from clipbench.metrics.normals import THRESHOLDS, NormalsMetric, expected_angular_error
 
 
 def random_normals(rng, height, width, spread):
@@ -95,3 +97,20 @@ def test_concentration_is_not_part_of_the_normal():
         metric.process([torch.from_numpy(stacked)], [torch.from_numpy(truth)], [torch.from_numpy(valid)])
         results.append(metric.compute()[0])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.01, 0.5, 1.0, 5.0, 17.3, 60.0])
+def test_expected_angular_error_is_the_mean_of_the_angular_von_mises_fisher_distribution(kappa: float) -> None:
+    """By integrating the density over the sphere, whose total is 1."""
+    theta = torch.linspace(0, torch.pi, 200_001, dtype=torch.float64)
+    density = (kappa**2 + 1) * torch.exp(-kappa * theta) / (2 * torch.pi * (1 + math.exp(-kappa * torch.pi)))
+    ring = 2 * torch.pi * torch.sin(theta)
+    assert float(torch.trapezoid(density * ring, theta)) == pytest.approx(1, abs=1e-7)
+    expected = math.degrees(float(torch.trapezoid(density * ring * theta, theta)))
+    assert float(expected_angular_error(torch.tensor(kappa, dtype=torch.float64))) == pytest.approx(expected, rel=1e-6)
+
+
+def test_expected_angular_error_keeps_shape_and_type_and_does_not_overflow() -> None:
+    found = expected_angular_error(torch.tensor([[0.0, 1e6]], dtype=torch.float32))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[pytest.approx(90.0), pytest.approx(0.0, abs=1e-3)]]

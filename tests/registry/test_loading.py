@@ -289,7 +289,7 @@ def test_bytes_that_are_no_text(tmp_path):
 
 def test_empty_sections_are_fine(tmp_path):
     write(tmp_path / "registry.yaml", "version: 1\nexperts:\n  # e: …\nsuites: {}\n")
-    assert load_registry(cwd=tmp_path).experts == {}
+    assert all(entry.file != tmp_path / "registry.yaml" for entry in load_registry(cwd=tmp_path).experts.values())
 
 
 def test_source_strings_become_entries_of_that_name(tmp_path):

@@ -10,6 +10,7 @@ from clipbench.data.layouts.captions import CocoKarpathy, Flickr30k
 from clipbench.data.layouts.clip_benchmark import ClipBenchmark
 from clipbench.data.layouts.coco import COCO
 from clipbench.data.layouts.folders import ImageFolder, ImageNet, Places365
+from clipbench.data.layouts.image_text import ImageTextShards
 from clipbench.data.layouts.mmseg_sets import Cityscapes, COCOStuff, PascalContext
 from clipbench.data.layouts.nyuv2 import NYUv2, NYUv2Labeled
 from clipbench.data.layouts.segmentation import ADE20K, VOC2012, SegmentationLayout
@@ -30,6 +31,7 @@ __all__ = [
     "Flickr30k",
     "ImageFolder",
     "ImageNet",
+    "ImageTextShards",
     "Layout",
     "NYUv2",
     "NYUv2Labeled",
@@ -58,6 +60,7 @@ _IN_TOYWORLD: tuple[Layout, ...] = (
     ImageNet(),
     Places365(),
     WebDataset(),
+    ImageTextShards(),
 )
 _OTHERS: tuple[Layout, ...] = (ImageFolder(), ClipBenchmark(), PascalContext(), COCOStuff(), Cityscapes())
 

@@ -6,7 +6,8 @@
 See docs/toyworld.md.
 """
 
+from clipbench.data.toyworld.facts import exact
 from clipbench.data.toyworld.render import Sample, SampleObject, render
 from clipbench.data.toyworld.scene import Scene, make_scene
 
-__all__ = ["Sample", "SampleObject", "Scene", "make_scene", "render"]
+__all__ = ["Sample", "SampleObject", "Scene", "exact", "make_scene", "render"]

@@ -23,18 +23,17 @@ from typing import Any
 from clipbench.data.fingerprint import spread
 from clipbench.data.layouts import LAYOUTS, Problem
 from clipbench.data.toyworld import vocabulary as V
+from clipbench.data.toyworld.facts import GENERATOR_VERSION, MAX_SIZE, MIN_SIZE
 from clipbench.data.toyworld.render import render
 from clipbench.data.toyworld.scene import make_scene
 from clipbench.data.toyworld.sheet import contact_sheet
 from clipbench.data.toyworld.writers import WRITERS, Item, LayoutWriter
-from clipbench.data.toyworld.writers.base import encode_jpeg, encode_png, link_atomic, write_atomic
+from clipbench.data.toyworld.writers.base import encode_jpeg, encode_png
 from clipbench.errors import ClipbenchError, UsageError
+from clipbench.files import link_atomic, write_atomic
 
-# Raised with every change that changes a pixel or a label; worlds of another version are not mixed.
-GENERATOR_VERSION = 1
 MANIFEST = "toyworld.json"
 CONTACT_SHEET = "contact_sheet.png"
-MIN_SIZE, MAX_SIZE = 16, 2048
 SHEET_ROWS = 6
 CHECKED_SAMPLES = 4  # rendered anew by `clipbench data check toyworld`
 

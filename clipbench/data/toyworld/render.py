@@ -22,7 +22,8 @@ from embreex.rtcore_scene import EmbreeScene
 
 from clipbench.data.toyworld.captions import noisy_caption, paraphrases, precise_caption
 from clipbench.data.toyworld.meshes import Array, face_normals
-from clipbench.data.toyworld.scene import Light, Scene, scene_rng
+from clipbench.data.toyworld.scene import Light, Scene
+from clipbench.data.toyworld.styles import STYLES
 from clipbench.data.toyworld.textures import Array32, Surface
 from clipbench.data.toyworld.vocabulary import CLASS_ID
 
@@ -65,6 +66,7 @@ class Sample:
     """An image and all that is known about it.
 
     Attributes:
+        seed, index, style: Of its scene.
         image: (S, S, 3) uint8, sRGB.
         depth: (S, S) float32, z in metres.
         normals: (S, S, 3) float32, unit, camera frame, facing the camera.
@@ -79,6 +81,7 @@ class Sample:
 
     seed: int
     index: int
+    style: str
     image: npt.NDArray[np.uint8]
     depth: npt.NDArray[np.float32]
     normals: npt.NDArray[np.float32]
@@ -139,7 +142,7 @@ def render(scene: Scene, size: int) -> Sample:
         size: Width and height of the image, pixels.
 
     Returns:
-        The same bytes for the same (seed, index, size), whatever was rendered before.
+        The same bytes for the same (seed, index, style, size), whatever was rendered before.
     """
     geometry = _Geometry(scene)
     K = scene.camera.intrinsics(size)
@@ -159,10 +162,11 @@ def render(scene: Scene, size: int) -> Sample:
     image = _develop(scene, _radiance(scene, geometry, K, size), size)
     semantic = geometry.class_id[triangle].reshape(size, size)
     objects = _visible_objects(scene, geometry, rays, triangle, instance, depth)
-    rng = scene_rng(scene.seed, scene.index, 2)
+    rng = scene.rng(2)
     return Sample(
         seed=scene.seed,
         index=scene.index,
+        style=scene.style,
         image=image,
         depth=depth.astype(np.float32),
         normals=normals.reshape(size, size, 3).astype(np.float32),
@@ -300,7 +304,7 @@ def _radiance(scene: Scene, geometry: _Geometry, K: Array, size: int) -> Array32
     return out.reshape(4, size, size, 3).mean(axis=0)
 
 
-# Which two of a pixel's four rays look at which light: the diagonals.
+# Which two of a pixel's four rays look at which light: the diagonals, in turn.
 _PAIRS = (np.array([True, False, False, True]), np.array([False, True, True, False]))
 
 
@@ -316,7 +320,7 @@ def _lit(
 ) -> tuple[Array32, Array32]:
     """Light that arrives from a lamp (N,), and the direction to it (N, 3).
 
-    Two of a pixel's rays ask for one lamp and two for the other, each counted twice; and each asks for another part of
+    Two of a pixel's rays ask for one lamp and two for the next, each counted twice; and each asks for another part of
     its lamp, which softens shadows at no cost.
     """
     spread = np.array([(-0.6, -0.6), (0.6, -0.6), (-0.6, 0.6), (0.6, 0.6)]) @ lamp.half_edges
@@ -325,7 +329,7 @@ def _lit(
     square = _dot(to, to)
     unit = _unit(to)
     cosine = _dot(n, unit)
-    asked = np.flatnonzero(_PAIRS[number][sub] & (cosine > 0) & (_dot(flat, to) > 0))
+    asked = np.flatnonzero(_PAIRS[number % 2][sub] & (cosine > 0) & (_dot(flat, to) > 0))
     start = p[asked] + np.float32(2e-3) * flat[asked]
     reach = np.full(len(asked), 0.995, np.float32)
     blocked = geometry.embree.run(start, to[asked], reach, query="OCCLUDED") >= 0
@@ -367,12 +371,12 @@ def _surroundings(scene: Scene, height: Array32) -> Array32:
 
 def _develop(scene: Scene, radiance: Array32, size: int) -> npt.NDArray[np.uint8]:
     """Exposure, a soft shoulder, sensor noise, sRGB."""
-    rng = scene_rng(scene.seed, scene.index, 1)
+    rng = scene.rng(1)
     red, green, blue = radiance.reshape(-1, 3).mean(axis=0)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     x = radiance * np.float32(scene.exposure / max(float(luminance), 1e-4))
     x = x * (1 + x / np.float32(2.2**2)) / (1 + x) * np.float32(1.12)
     x = np.clip(x, 0, 1) ** np.float32(1 / 2.2)
-    sigma = rng.uniform(0.0, 0.014)
+    sigma = rng.uniform(*STYLES[scene.style].noise)
     x = x + np.float32(sigma) * rng.standard_normal((size, size, 1), dtype=np.float32)
     return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from clipbench.data.toyworld import meshes
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.meshes import Array, Part
+from clipbench.data.toyworld.styles import STYLES, Style
 from clipbench.data.toyworld.textures import Array32, Surface, linear
+from clipbench.errors import UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -119,21 +121,34 @@ class Scene:
     floor_colour: str
     wall_colour: str
     fixtures: list[str] = field(default_factory=list)
+    style: str = "home"
+
+    def rng(self, stream: int) -> np.random.Generator:
+        """Random numbers of its own for what follows the geometry; see `scene_rng`."""
+        return scene_rng(self.seed, self.index, stream, self.style)
 
 
-def scene_rng(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+def scene_rng(seed: int, index: int, stream: int = 0, style: str = "home") -> np.random.Generator:
     """The random numbers of one scene; `stream` separates geometry (0), sensor (1) and captions (2)."""
-    return np.random.default_rng(np.random.SeedSequence([seed, index, stream]))
+    number = STYLES[style].number
+    # Home is the oldest style: its numbers are those of worlds that were made before there were others.
+    return np.random.default_rng(np.random.SeedSequence([seed, index, stream, *([number] if number else [])]))
 
 
-def make_scene(seed: int, index: int) -> Scene:
+def make_scene(seed: int, index: int, style: str = "home") -> Scene:
     """The scene number `index` of world `seed`.
 
     Args:
         seed: Non-negative.
         index: Non-negative. Train and validation images are different ranges of it.
+        style: How it is looked at, lit and painted; one of `styles.STYLES`.
+
+    Raises:
+        UnknownNameError: There is no such style.
     """
-    return _Builder(scene_rng(seed, index), seed, index).build()
+    if style not in STYLES:
+        raise UnknownNameError("toyworld style", style, STYLES)
+    return _Builder(scene_rng(seed, index, 0, style), seed, index, STYLES[style]).build()
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
@@ -157,8 +172,8 @@ _ALWAYS_FACING = {"television": 0.9, "sofa": 1.2, "chair": np.pi, "book": np.pi}
 class _Builder:
     """Decides a scene step by step; every step draws from the same generator."""
 
-    def __init__(self, rng: np.random.Generator, seed: int, index: int) -> None:
-        self.rng, self.seed, self.index = rng, seed, index
+    def __init__(self, rng: np.random.Generator, seed: int, index: int, style: Style) -> None:
+        self.rng, self.seed, self.index, self.style = rng, seed, index, style
         self.pieces: list[Piece] = []
         self.objects: list[SceneObject] = []
         self.fixtures: list[str] = []
@@ -166,13 +181,13 @@ class _Builder:
         self.windows: list[tuple[Array, Array]] = []  # (middle, direction into the room)
 
     def build(self) -> Scene:
-        rng = self.rng
+        rng, style = self.rng, self.style
         self.room = np.array([rng.uniform(3.2, 5.6), rng.uniform(4.0, 7.2), rng.uniform(2.35, 3.0)])
         self.camera = self._camera()
         self._shell()
         self._furnish()
         lights = self._lights()
-        warm = _temperature(rng.uniform(-0.5, 0.5))
+        warm = _temperature(rng.uniform(*style.ambient_temperature))
         return Scene(
             seed=self.seed,
             index=self.index,
@@ -180,29 +195,35 @@ class _Builder:
             objects=self.objects,
             camera=self.camera,
             lights=lights,
-            ambient=warm * rng.uniform(0.22, 0.42),
-            exposure=rng.uniform(0.26, 0.42),
+            ambient=warm * rng.uniform(*style.ambient),
+            exposure=rng.uniform(*style.exposure),
             room=self.room,
             floor=self.floor,
             floor_colour=self.floor_colour,
             wall_colour=self.wall_colour,
             fixtures=self.fixtures,
+            style=style.name,
         )
 
     def _camera(self) -> Camera:
-        rng, (w, _, h) = self.rng, self.room
+        rng, style, (w, _, h) = self.rng, self.style, self.room
+        low, high = style.camera_height
         position = np.array(
-            [rng.uniform(-0.22, 0.22) * w, rng.uniform(0.12, 0.4), rng.uniform(1.0, min(1.75, h - 0.5))]
+            [
+                rng.uniform(*style.camera_x) * w,
+                rng.uniform(*style.camera_y),
+                rng.uniform(low, min(high, h - 0.5)),
+            ]
         )
         # Look towards the middle of the room from wherever the camera stands, more or less.
-        yaw = -0.35 * position[0] / w + rng.uniform(-0.26, 0.26)
-        pitch = np.radians(rng.uniform(6.0, 20.0)) + 0.22 * (position[2] - 1.0)
-        roll = rng.normal(0.0, 0.02)
+        yaw = -0.35 * position[0] / w + rng.uniform(*style.yaw)
+        pitch = np.radians(rng.uniform(*style.pitch_deg)) + 0.22 * (position[2] - 1.0)
+        roll = rng.normal(0.0, style.roll)
         forward = np.array([np.sin(yaw) * np.cos(pitch), np.cos(yaw) * np.cos(pitch), -np.sin(pitch)])
         right = np.array([np.cos(yaw), -np.sin(yaw), 0.0])
         down = np.cross(forward, right)
         right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
-        return Camera(position, np.stack([right, down, forward]), float(rng.uniform(56.0, 70.0)))
+        return Camera(position, np.stack([right, down, forward]), float(rng.uniform(*style.fov_deg)))
 
     # -- the room
 
@@ -229,7 +250,7 @@ class _Builder:
         self._quad("ceiling", np.array([0, d / 2, h]), (-w / 2, 0, 0), (0, d / 2, 0), ceiling, np.eye(3))
 
         self.wall_colour = str(rng.choice(list(V.COLOURS)))
-        wall_pattern = str(rng.choice(V.WALLS, p=[0.42, 0.16, 0.12, 0.08, 0.12, 0.10]))
+        wall_pattern = str(rng.choice(V.WALLS, p=self.style.wall_probability))
         scale = {"plain": 1.0, "brick": rng.uniform(0.09, 0.16), "panels": rng.uniform(0.4, 0.6)}.get(
             wall_pattern, rng.uniform(0.12, 0.4)
         )
@@ -394,7 +415,7 @@ class _Builder:
             return  # the room is full; fewer solids are fine
         position, yaw = spot
         colour, material = str(rng.choice(list(V.COLOURS))), str(rng.choice(list(V.MATERIALS)))
-        pattern = str(rng.choice(V.PATTERNS, p=V.PATTERN_PROBABILITY))
+        pattern = str(rng.choice(V.PATTERNS, p=self.style.pattern_probability))
         instance = len(self.objects) + 1
         self.objects.append(
             SceneObject(instance, name, colour, material, pattern, size, position, yaw, scale, half, height, on)
@@ -471,8 +492,8 @@ class _Builder:
         rng = self.rng
         m = V.MATERIALS[material]
         if role == "main":
-            # Two to six cells across the thing, whatever its size.
-            scale = extent / rng.uniform(2.5, 6.0)
+            # A few cells across the thing, whatever its size.
+            scale = extent / rng.uniform(*self.style.cells)
             return self._surface(colour, pattern, scale, m.grain, specular=m.specular, gloss=m.gloss, mirror=m.mirror)
         if role == "leaf":
             leaf = linear((rng.uniform(30, 110), rng.uniform(90, 170), rng.uniform(30, 80)))
@@ -527,9 +548,9 @@ class _Builder:
         return Surface(
             first.astype(np.float32),
             second.astype(np.float32),
-            pattern,
+            self.style.patterns.get(pattern, pattern),
             float(scale),
-            grain,
+            self.style.grains.get(grain, grain),
             self._offset(),
             specular,
             gloss,
@@ -538,8 +559,12 @@ class _Builder:
 
     def _tint(self, colour: str) -> Array32:
         """A named colour, jittered a little, linear."""
-        srgb = np.asarray(V.COLOURS[colour], np.float32) + self.rng.normal(0, 9, 3).astype(np.float32)
-        return linear(np.clip(srgb * np.float32(self.rng.uniform(0.9, 1.08)), 8, 250))
+        rng, style = self.rng, self.style
+        srgb = np.asarray(V.COLOURS[colour], np.float32) + rng.normal(0, style.tint_noise, 3).astype(np.float32)
+        srgb = srgb * np.float32(rng.uniform(*style.tint_gain))
+        if style.saturation != (1.0, 1.0):  # home draws no number here
+            srgb = srgb.mean() + np.float32(rng.uniform(*style.saturation)) * (srgb - srgb.mean())
+        return linear(np.clip(srgb, 8, 250))
 
     def _offset(self) -> Array32:
         return self.rng.uniform(10, 40, 3).astype(np.float32)
@@ -547,12 +572,12 @@ class _Builder:
     # -- light
 
     def _lights(self) -> list[Light]:
-        rng, (w, d, h) = self.rng, self.room
-        half = rng.uniform(0.12, 0.35)
+        rng, style, (w, d, h) = self.rng, self.style, self.room
+        half = rng.uniform(*style.lamp_half)
         main = Light(
             np.array([rng.uniform(-0.3, 0.3) * w, rng.uniform(0.25, 0.75) * d, h - 0.03]),
             np.array([[half, 0, 0], [0, half, 0]]),
-            _temperature(rng.uniform(-0.9, 0.5)) * rng.uniform(2.4, 4.2),
+            _temperature(rng.uniform(*style.lamp_temperature)) * rng.uniform(*style.lamp_power),
         )
         if self.windows and rng.random() < 0.8:
             middle, inward = self.windows[int(rng.integers(len(self.windows)))]
@@ -560,15 +585,21 @@ class _Builder:
             second = Light(
                 middle + inward * 0.12,
                 np.stack([side * 0.4, [0, 0, 0.35]]),
-                _temperature(rng.uniform(0.2, 0.9)) * rng.uniform(1.0, 3.2),
+                _temperature(rng.uniform(0.2, 0.9)) * rng.uniform(*style.window_power),
             )
         else:
-            second = Light(
-                np.array([rng.uniform(-0.42, 0.42) * w, rng.uniform(0.1, 0.5) * d, rng.uniform(1.5, h - 0.1)]),
-                np.array([[0.2, 0, 0], [0, 0.1, 0.1]]),
-                _temperature(rng.uniform(-0.9, 0.9)) * rng.uniform(0.5, 2.0),
-            )
-        return [main, second]
+            second = self._side_lamp()
+        lowest, highest = style.further_lamps
+        further = int(rng.integers(lowest, highest + 1)) if highest else 0  # home draws no number here
+        return [main, second, *(self._side_lamp() for _ in range(further))]
+
+    def _side_lamp(self) -> Light:
+        rng, (w, d, h) = self.rng, self.room
+        return Light(
+            np.array([rng.uniform(-0.42, 0.42) * w, rng.uniform(0.1, 0.5) * d, rng.uniform(1.5, h - 0.1)]),
+            np.array([[0.2, 0, 0], [0, 0.1, 0.1]]),
+            _temperature(rng.uniform(-0.9, 0.9)) * rng.uniform(*self.style.side_power),
+        )
 
     # -- putting pieces into the world
 

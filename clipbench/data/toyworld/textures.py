@@ -114,6 +114,41 @@ def _panels(q: Array32) -> tuple[Array32, Array32]:
     return (q[:, 2] < 1.6).astype(np.float32), 1 - np.float32(0.45) * groove
 
 
+# What other styles than home paint in the place of some of these.
+
+
+def _zigzag(q: Array32) -> tuple[Array32, Array32]:
+    t = q[:, 2] + np.float32(0.35) * q[:, 1] + np.abs(q[:, 0] - np.floor(q[:, 0]) - np.float32(0.5))
+    return (t - np.floor(t) < 0.5).astype(np.float32), np.ones(len(q), np.float32)
+
+
+def _waves(q: Array32) -> tuple[Array32, Array32]:
+    t = q[:, 0] + np.float32(0.18) * np.sin(q[:, 2] * np.float32(2.4))
+    return np.float32(0.5) + np.float32(0.5) * np.sin(t * np.float32(2 * np.pi)), np.ones(len(q), np.float32)
+
+
+def _diamonds(q: Array32) -> tuple[Array32, Array32]:
+    turned = np.stack([q[:, 0] + q[:, 2], q[:, 0] - q[:, 2], q[:, 1] + q[:, 2]], axis=1) * np.float32(0.7)
+    return (np.floor(turned).sum(axis=1) % 2).astype(np.float32), np.ones(len(q), np.float32)
+
+
+def _rings(q: Array32) -> tuple[Array32, Array32]:
+    away = q - np.floor(q) - np.float32(0.5)
+    square = np.einsum("ij,ij->i", away, away)
+    return ((square < 0.2) & (square > 0.06)).astype(np.float32), np.ones(len(q), np.float32)
+
+
+def _parquet(q: Array32) -> tuple[Array32, Array32]:
+    """Squares of four staves, in turn along and across."""
+    square = np.floor(q * np.float32(0.25))
+    across = (square[:, 0] + square[:, 1]) % 2 > 0
+    t = np.where(across, q[:, 0], q[:, 1])
+    stave = np.floor(t)
+    tone = _hash(stave.astype(np.int64), (square[:, 0] * 31 + square[:, 1]).astype(np.int64))
+    seam = (t - stave < 0.08).astype(np.float32)
+    return np.zeros(len(q), np.float32), (0.76 + 0.4 * tone) * (1 - np.float32(0.4) * seam)
+
+
 PATTERNS: dict[str, Callable[[Array32], tuple[Array32, Array32]]] = {
     "plain": _plain,
     "striped": _striped,
@@ -124,6 +159,11 @@ PATTERNS: dict[str, Callable[[Array32], tuple[Array32, Array32]]] = {
     "planks": _planks,
     "tiles": _tiles,
     "panels": _panels,
+    "zigzag": _zigzag,
+    "waves": _waves,
+    "diamonds": _diamonds,
+    "rings": _rings,
+    "parquet": _parquet,
 }
 
 
@@ -167,6 +207,22 @@ def _plaster(p: Array32) -> Array32:
     return 1 + np.float32(0.05) * noise(p, 0.5) + np.float32(0.04) * noise(p, 0.06)
 
 
+def _burl(p: Array32) -> Array32:
+    return (
+        np.float32(0.86) + np.float32(0.16) * np.sin(noise(p, 0.22) * np.float32(14)) + np.float32(0.1) * noise(p, 0.03)
+    )
+
+
+def _terrazzo(p: Array32) -> Array32:
+    chips = noise(p, 0.09)
+    light, dark = (chips > 0.55).astype(np.float32), (chips < -0.6).astype(np.float32)
+    return 1 + np.float32(0.3) * (light - dark)
+
+
+def _stucco(p: Array32) -> Array32:
+    return 1 + np.float32(0.16) * noise(p, 0.05) + np.float32(0.1) * noise(p, 0.9)
+
+
 GRAINS: dict[str, Callable[[Array32], Array32]] = {
     "none": _no_grain,
     "speckle": _speckle,
@@ -176,6 +232,9 @@ GRAINS: dict[str, Callable[[Array32], Array32]] = {
     "marble": _marble,
     "carpet": _carpet,
     "plaster": _plaster,
+    "burl": _burl,
+    "terrazzo": _terrazzo,
+    "stucco": _stucco,
 }
 
 

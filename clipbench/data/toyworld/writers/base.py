@@ -8,11 +8,8 @@ file that exists is good and an interrupted run can go on.
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipbench.data.image_text import ShardWriter
 from clipbench.data.toyworld.render import Sample
+from clipbench.files import atomic
 
 JPEG_QUALITY = 95
 # Scenes of val start here, so that a larger toyworld of the same seed contains the smaller one's images.
@@ -89,28 +88,10 @@ def encode_png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-@contextmanager
-def atomic(file: Path) -> Iterator[Path]:
-    """A temporary name to write a file under; it takes its own name at the end, and is gone after an error."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)  # also after a link was renamed onto itself, which does nothing
-
-
-def write_atomic(file: Path, content: bytes) -> None:
-    """Puts a file in place whole or not at all."""
-    with atomic(file) as temporary:
-        temporary.write_bytes(content)
-
-
-def link_atomic(first: Path, file: Path) -> None:
-    """Puts another name of `first` in place, or a copy where the file system has no links."""
-    with atomic(file) as temporary:
-        try:
-            os.link(first, temporary)
-        except OSError:
-            shutil.copyfile(first, temporary)
+def write_tar(file: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Puts a tar of (KEY.EXTENSION, content) in place whole or not at all. Its bytes depend on nothing else."""
+    with atomic(file) as temporary, ShardWriter(temporary) as shard:
+        for name, content in members:
+            key, _, extension = name.partition(".")
+            shard.add(key, extension, content)
+        shard.finish()

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from clipbench.data.labels import COCO_IDS, COCO_SUPERCATEGORIES
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.render import Sample, SampleObject
-from clipbench.data.toyworld.writers.base import VAL_START, Item, LayoutWriter, atomic
+from clipbench.data.toyworld.writers.base import VAL_START, Item, LayoutWriter
+from clipbench.files import atomic
 
 Bools = npt.NDArray[np.bool_]
 

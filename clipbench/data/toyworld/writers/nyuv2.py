@@ -12,7 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipbench.data.toyworld.render import Sample
-from clipbench.data.toyworld.writers.base import Item, LayoutWriter, atomic, encode_png, write_atomic
+from clipbench.data.toyworld.writers.base import Item, LayoutWriter, encode_png
+from clipbench.files import atomic, write_atomic
 
 _SUBSET = {"train": "train", "val": "test"}
 # The official number of labelled images of each split, which a larger toyworld's .mat does not exceed.

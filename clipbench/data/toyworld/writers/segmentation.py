@@ -13,7 +13,8 @@ from PIL import Image
 from clipbench.data.labels import ADE20K_CLASSES, ADE20K_STUFF, VOC_VOID, voc_palette
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.render import Sample
-from clipbench.data.toyworld.writers.base import Item, LayoutWriter, encode_png, write_atomic
+from clipbench.data.toyworld.writers.base import Item, LayoutWriter, encode_png
+from clipbench.files import write_atomic
 
 Mask = npt.NDArray[np.uint8]
 

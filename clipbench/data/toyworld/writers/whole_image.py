@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import tarfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,8 +19,9 @@ import numpy as np
 from clipbench.data.toyworld import vocabulary as V
 from clipbench.data.toyworld.render import Sample
 from clipbench.data.toyworld.whole_image import whole_image
-from clipbench.data.toyworld.writers.base import Item, LayoutWriter, atomic, write_atomic
+from clipbench.data.toyworld.writers.base import Item, LayoutWriter, write_tar
 from clipbench.data.toyworld.writers.coco import image_id
+from clipbench.files import atomic, write_atomic
 
 SHARD_SIZE = 256  # images a shard
 _KARPATHY_VAL = 10  # one training image in so many is in Karpathy's val; toyworld's val is his test
@@ -191,14 +191,14 @@ class WebDatasetWriter(_After):
         for item in items:
             shards.setdefault(self.place(item, {}), []).append(item)
         for shard, members in shards.items():
-            with atomic(shard) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-                for item in members:
-                    label = str(images.facts(item)["label"]).encode()
-                    for extension, content in (("jpg", images.files(item)[0].read_bytes()), ("cls", label)):
-                        member = tarfile.TarInfo(f"{item.number:08d}.{extension}")
-                        member.size = len(content)  # time and owner stay 0, so that bytes do not depend on them
-                        archive.addfile(member, io.BytesIO(content))
+            write_tar(shard, self._members(images, members))
         write_atomic(self.root / "classnames.txt", "".join(f"{name}\n" for name in V.TOY_CLS_CLASSES).encode())
+
+    @staticmethod
+    def _members(images: Flickr30kWriter, items: Sequence[Item]) -> Iterator[tuple[str, bytes]]:
+        for item in items:
+            yield f"{item.number:08d}.jpg", images.files(item)[0].read_bytes()
+            yield f"{item.number:08d}.cls", str(images.facts(item)["label"]).encode()
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
