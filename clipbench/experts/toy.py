@@ -168,7 +168,13 @@ class ToyExpert(Expert):
         return outputs
 
     def finish(self, outputs: Tensor, pictures: Sequence[Picture]) -> list[PseudoLabel]:
-        return [to_label(self.info.task, o, p.label_size) for o, p in zip(outputs, pictures, strict=True)]
+        sizes = [picture.label_size for picture in pictures]
+        labels: list[PseudoLabel | None] = [None] * len(sizes)
+        for size in dict.fromkeys(sizes):  # a batch's images may come from images of several sizes
+            places = [i for i, one in enumerate(sizes) if one == size]
+            for i, label in zip(places, to_labels(self.info.task, outputs[places], size), strict=True):
+                labels[i] = label
+        return [label for label in labels if label is not None]
 
 
 def fitted_size(size: Size, shorter: int) -> Size:
@@ -181,20 +187,21 @@ def fitted_size(size: Size, shorter: int) -> Size:
     return height, width
 
 
-def to_label(task: LabelTask, output: Tensor, size: Size) -> PseudoLabel:
-    """The network's output for one image (C, h, w) as a label of (H, W); what is not finite is not valid."""
-    resized = F.interpolate(output[None].float(), size, mode="bilinear", align_corners=False)[0]
-    valid = torch.isfinite(resized).all(dim=0)
+def to_labels(task: LabelTask, outputs: Tensor, size: Size) -> list[PseudoLabel]:
+    """The network's outputs (B, C, h, w) as labels of (H, W); what is not finite is not valid."""
+    resized = F.interpolate(outputs.float(), size, mode="bilinear", align_corners=False)
+    valid = _array(torch.isfinite(resized).all(dim=1))
     resized = torch.nan_to_num(resized, nan=0.0, posinf=0.0, neginf=0.0)
     confidence: Tensor | None = None
     if task == "segmentation":
-        confidence, values = resized.softmax(dim=0).max(dim=0)
+        confidence, values = resized.softmax(dim=1).max(dim=1)
         values = values.to(torch.int32)
     elif task == "depth":
-        values = resized[0]
+        values = resized[:, 0]
     else:
-        values, confidence = F.normalize(resized[:3], dim=0).permute(1, 2, 0), resized[3]
-    return PseudoLabel(task, _array(values), _array(valid), None if confidence is None else _array(confidence))
+        values, confidence = F.normalize(resized[:, :3], dim=1).permute(0, 2, 3, 1), resized[:, 3]
+    every, sure = _array(values), None if confidence is None else _array(confidence)
+    return [PseudoLabel(task, every[i], valid[i], None if sure is None else sure[i]) for i in range(len(every))]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -43,7 +43,7 @@ from clipbench.experts.toy import (
     activated,
     checkpoint_name,
     default_folder,
-    to_label,
+    to_labels,
     toy_head,
 )
 from clipbench.files import write_atomic
@@ -420,7 +420,7 @@ def normals_loss(prediction: Tensor, normals: Tensor) -> Tensor:
 def _measure(
     nets: dict[LabelTask, ToyNet], held_out: dict[str, Rooms], report: Progress
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Task → style → scores, as the labels are: through `to_label`, at the full resolution."""
+    """Task → style → scores, as the labels are: through `to_labels`, at the full resolution."""
     total, done = len(nets) * sum(len(rooms) for rooms in held_out.values()), 0
     scores: dict[str, dict[str, dict[str, float]]] = {task: {} for task in nets}
     for style, rooms in held_out.items():
@@ -428,8 +428,8 @@ def _measure(
             confusion, depths, angles = ConfusionMetric(OUTPUTS["segmentation"]), DepthMetric(), NormalsMetric()
             for start in range(0, len(rooms), BATCH):
                 outputs = net(rooms.images[start : start + BATCH].float() / 255)
-                for i, output in enumerate(outputs, start):
-                    label = to_label(task, output, (rooms.depth.shape[1], rooms.depth.shape[2]))
+                labels = to_labels(task, outputs, (rooms.depth.shape[1], rooms.depth.shape[2]))
+                for i, label in enumerate(labels, start):
                     values = torch.from_numpy(label.values)
                     if task == "segmentation":
                         confusion.process(values, rooms.classes[i])

@@ -34,6 +34,9 @@ LONGEST_SIDE = 1333
 # Smaller ones are refused: less than a patch of most networks.
 SHORTEST_SIDE = 16
 
+# Batches whose raw outputs wait to become labels: enough to keep a network busy, few enough for the memory of a GPU.
+_OUTPUTS = 2
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -93,11 +96,14 @@ class Labeller:
         self._batch_size = batch_size
         # One for reading, so that a slow disk is waited for while the networks work.
         self._reader = ThreadPoolExecutor(1, "reader")
+        # One for making labels of raw outputs, so that the next batch is under way meanwhile.
+        self._finisher = ThreadPoolExecutor(1, "finisher")
         self._pool = ThreadPoolExecutor(max(1, threads), "labels")
 
     def close(self) -> None:
         """End its threads."""
         self._reader.shutdown(cancel_futures=True)
+        self._finisher.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Labeller:
@@ -170,6 +176,7 @@ class Labeller:
     @torch.inference_mode()
     def _look(self, window: Sequence[_Prepared]) -> None:
         """Every network at every image of a window; fills their `labels`."""
+        finishing: deque[Future[None]] = deque()
         for expert in self._networks:
             name = expert.info.name
             inputs = [one.inputs.pop(name) for one in window]
@@ -177,13 +184,22 @@ class Labeller:
                 batch = torch.stack([inputs[i] for i in places])
                 if self.device.type == "cuda":
                     batch = batch.pin_memory().to(self.device, non_blocking=True)
-                pictures = [window[i].picture for i in places]
-                with _speaking_of(expert, "look at", ", ".join(p.key for p in pictures[:3])):
-                    with self._autocast():
-                        outputs = expert.forward(batch)
-                    labels = expert.finish(outputs, pictures)
-                for i, label in zip(places, labels, strict=True):
-                    window[i].labels[name] = label
+                chosen = [window[i] for i in places]
+                with _speaking_of(expert, "look at", _keys(chosen)), self._autocast():
+                    outputs = expert.forward(batch)
+                finishing.append(self._finisher.submit(self._finish, expert, outputs, chosen))
+                if len(finishing) > _OUTPUTS:
+                    finishing.popleft().result()
+        for future in finishing:
+            future.result()
+
+    @staticmethod
+    @torch.inference_mode()
+    def _finish(expert: Expert, outputs: Any, chosen: Sequence[_Prepared]) -> None:
+        with _speaking_of(expert, "make labels for", _keys(chosen)):
+            labels = expert.finish(outputs, [one.picture for one in chosen])
+        for one, label in zip(chosen, labels, strict=True):
+            one.labels[expert.info.name] = label
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = _DTYPES.get(self._settings.precision)
@@ -228,6 +244,10 @@ class Labeller:
         written = json.dumps({**one.facts, FACTS: ours}, ensure_ascii=False)
         members += [("json", written.encode("utf-8", "surrogatepass")), *sample.others, *files]
         return Labelled(sample.key, tuple(members), pixels, ignored)
+
+
+def _keys(chosen: Sequence[_Prepared]) -> str:
+    return ", ".join(one.sample.key for one in chosen[:3])
 
 
 def label_size(image: Size, shorter: int | None) -> Size:

@@ -190,7 +190,7 @@ def test_the_shorter_side_becomes_the_size_of_training():
 def test_outputs_that_are_not_numbers_are_not_valid():
     output = torch.rand(4, 8, 8)
     output[2, 3, 4] = torch.nan
-    label = toy.to_label("normals", output, (8, 8))
+    [label] = toy.to_labels("normals", output[None], (8, 8))
     assert np.argwhere(~label.valid).tolist() == [[3, 4]]
     assert np.isfinite(label.values).all()
 
