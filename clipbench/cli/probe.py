@@ -98,10 +98,10 @@ def probe(
 
       clipbench probe -b clip-vitb16 -t nyuv2-depth,nyuv2-normals
     """
+    from clipbench.configs import parse_set
     from clipbench.jobs import LAUNCHERS
     from clipbench.probing.grid import is_grid, rows
     from clipbench.probing.plan import ProbeRequest
-    from clipbench.probing.recipes import parse_set
     from clipbench.registry import load_registry
 
     if launcher not in LAUNCHERS:
@@ -180,8 +180,8 @@ def _grid(
     requests: list[ProbeRequest], jobs: int, launcher: str, slurm: list[str] | None, dry_run: bool, as_json: bool
 ) -> None:
     """Several backbones or tasks: a table of what became of each; exit status 1 where one failed."""
+    from clipbench.configs import parse_set
     from clipbench.probing.grid import check_paths, rehearse, run_rows
-    from clipbench.probing.recipes import parse_set
     from clipbench.probing.summary import print_outcomes
     from clipbench.screen import Screen
 

@@ -227,7 +227,7 @@ def rehearse(request: ProbeRequest) -> Outcome:
 def attempt(request: ProbeRequest, screen: Screen) -> Outcome:
     """Run one row and say what became of it. Only a wish to stop gets out as an exception."""
     from clipbench.probing import probe
-    from clipbench.probing.runner import InterruptedRunError
+    from clipbench.signals import InterruptedRunError
 
     started = time.perf_counter()
 
@@ -254,7 +254,7 @@ def attempt(request: ProbeRequest, screen: Screen) -> Outcome:
 
 
 def _in_turn(requests: Sequence[ProbeRequest], screen: Screen, on_outcome: Callable[[Outcome], None]) -> list[Outcome]:
-    from clipbench.probing.runner import InterruptedRunError
+    from clipbench.signals import InterruptedRunError
 
     outcomes: list[Outcome] = []
     for number, request in enumerate(requests, 1):
@@ -282,8 +282,8 @@ def _job(request: ProbeRequest, environment: Mapping[str, str]) -> Outcome:
             from submitit.helpers import TorchDistributedEnvironment
 
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        from clipbench.probing.runner import InterruptedRunError
         from clipbench.screen import Screen
+        from clipbench.signals import InterruptedRunError
 
         with contextlib.suppress(InterruptedRunError):
             outcome = attempt(request, Screen(silent=int(os.environ.get("RANK", 0)) > 0))

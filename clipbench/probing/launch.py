@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clipbench.errors import ClipbenchError
+from clipbench.errors import ClipbenchError, UsageError
 
 
 class ProcessFailedError(ClipbenchError):
@@ -33,10 +33,17 @@ def under_launcher() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(arguments: Sequence[str], nproc: int) -> None:
-    """Run `clipbench ARGUMENTS` in `nproc` processes and wait for them.
+def launch(arguments: Sequence[str], nproc: int, nodes: int = 1) -> None:
+    """Run `clipbench ARGUMENTS` in `nproc` processes on this machine and wait for them.
+
+    Args:
+        arguments: After the program's name.
+        nproc: Processes here.
+        nodes: Machines; the same command is typed on each, with the environment's MASTER_ADDR (and MASTER_PORT,
+            default 29500) naming one of them.
 
     Raises:
+        UsageError: Several machines, and nothing says where they meet.
         ProcessFailedError: One of them failed.
     """
     import logging
@@ -46,18 +53,27 @@ def launch(arguments: Sequence[str], nproc: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    meeting, run_id = "localhost:0", uuid.uuid4().hex
+    if nodes > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UsageError(
+                f"--nodes {nodes}: MASTER_ADDR is not set, so the machines cannot find each other",
+                "export MASTER_ADDR=NAME_OF_ONE_OF_THEM MASTER_PORT=29500 on each, then type the command on each.",
+            )
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+        run_id = "clipbench"  # the same on all
     # Its own banners and tracebacks say nothing that the processes have not said.
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # One thread pool a process, or they fight over the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // nproc, 1)))
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
+        run_id=run_id,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=meeting,
         max_restarts=0,
         monitor_interval=0.2,
     )

@@ -11,12 +11,13 @@ values (`--set heads.linear.dropout_ratio=0`) are merged afterwards, as mmengine
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipbench.configs import assignments, dict_keys, dotted_names, execute, jsonable, literal, parse
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.paths import shipped
 from clipbench.probing.families import FAMILIES, FamilyInfo
@@ -130,35 +131,24 @@ def load_recipe(info: RecipeInfo, overrides: Mapping[str, Any], head: str | None
         UnknownNameError: An override names nothing in the recipe.
         UsageError: An override's value does not fit.
     """
-    from mmengine.config import Config
-
-    tree = ast.parse(info.path.read_text(encoding="utf-8"), filename=str(info.path))
-    assigned = _assignments(tree)
+    assigned = assignments(parse(info.path))
     given = overrides
     if head is not None and "per_head" in assigned:
         # Executed once to learn what the head changes, then again with that changed.
         own = load_recipe(info, {key: value for key, value in overrides.items() if key in assigned})["per_head"]
         overrides = {**own.get(head, {}), **overrides}
     overrides = {**info.overrides, **overrides}
-    for key, value in overrides.items():
+    for key in overrides:
         if key in FIXED and key not in info.overrides:
             raise UsageError(
                 f"'{key}' cannot be changed: it is what makes the task {info.name}",
                 "Choose another --task, or copy the recipe into ./probes/ and edit it.",
             )
-        if key in assigned:
-            assigned[key].value = ast.parse(repr(value), mode="eval").body
-    try:
-        config = Config.fromstring(ast.unparse(ast.fix_missing_locations(tree)), file_format=".py")
-    except (ArithmeticError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise UsageError(
-            f"recipe {info.path} cannot be evaluated with these settings: {error}",
-            f"Overrides in force: {dict(overrides) or 'none'}",
-        ) from error
+    config = execute(info.path, overrides)
 
     from clipbench.probing.knobs import Runtime
 
-    known = sorted({*_dotted_names(config), *(f"runtime.{name}" for name in Runtime.model_fields)})
+    known = sorted({*dotted_names(config), *(f"runtime.{name}" for name in Runtime.model_fields)})
     for key, value in overrides.items():
         if key not in known and key in given:
             raise UnknownNameError("key in --set", key, known, see=f"the recipe, {info.path}")
@@ -176,32 +166,10 @@ def has_setting(info: RecipeInfo, key: str) -> bool:
 def _setting_names(path: Path, overrides: tuple[tuple[str, Any], ...]) -> frozenset[str]:
     from clipbench.probing.knobs import Runtime
 
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = parse(path)
     info = replace(_read_info("", path), overrides=dict(overrides))
-    names = _dotted_names(load_recipe(info, {}))
-    return frozenset({*names, *_assignments(tree), *(f"runtime.{name}" for name in Runtime.model_fields)})
-
-
-def parse_set(assignments: Iterable[str], flag: str = "--set", example: str = "steps=2000") -> dict[str, Any]:
-    """`["steps=60", "heads.linear.dropout_ratio=0"]` → values by name; values are Python literals, else plain strings.
-
-    Raises:
-        UsageError: An item has no `=` or no key; all such items at once.
-    """
-    values: dict[str, Any] = {}
-    bad = []
-    for item in assignments:
-        key, separator, text = item.partition("=")
-        if not separator or not key.strip():
-            bad.append(item)
-            continue
-        try:
-            values[key.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            values[key.strip()] = text.strip()
-    if bad:
-        raise UsageError(f"{flag} takes key=value, got {', '.join(map(repr, bad))}", f"Example: {flag} {example}")
-    return values
+    names = dotted_names(load_recipe(info, {}))
+    return frozenset({*names, *assignments(tree), *(f"runtime.{name}" for name in Runtime.model_fields)})
 
 
 def protocol_of(config: Config, head: str, kind: str) -> dict[str, Any]:
@@ -217,7 +185,7 @@ def protocol_of(config: Config, head: str, kind: str) -> dict[str, Any]:
         knobs -= set(_TRAINING)
     if kind == "free":
         knobs -= set(_TRAINING_IMAGES)
-    protocol: dict[str, Any] = _jsonable({key: value for key, value in config.to_dict().items() if key in knobs})
+    protocol: dict[str, Any] = jsonable({key: value for key, value in config.to_dict().items() if key in knobs})
     protocol["head"] = protocol.pop("heads")[head]
     if isinstance(protocol.get("layers"), dict):  # a choice for each head
         protocol["layers"] = protocol["layers"][head]
@@ -247,13 +215,13 @@ def _read_all(hidden: bool = False) -> tuple[list[RecipeInfo], dict[str, str]]:
 
 
 def _read_info(name: str, path: Path) -> RecipeInfo:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    tree = parse(path)
     header = ast.get_docstring(tree) or ""
-    assigned = _assignments(tree)
+    assigned = assignments(tree)
     if "_base_" in assigned:
         # What follows from a knob is worked out where it is written, so a base could not follow its child's knobs.
         raise ValueError("_base_ is not supported in recipes; copy the other recipe instead")
-    family = _literal(assigned, "family", "")
+    family = literal(assigned, "family", "")
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     missing = [key for key in FAMILIES[family].knobs if key not in assigned]
@@ -264,53 +232,7 @@ def _read_info(name: str, path: Path) -> RecipeInfo:
         summary=header.splitlines()[0].rstrip(".") if header else "",
         header=header,
         family=family,
-        dataset=_literal(assigned, "dataset", ""),
-        heads=tuple(_dict_keys(assigned["heads"].value)) if "heads" in assigned else (),
+        dataset=literal(assigned, "dataset", ""),
+        heads=tuple(dict_keys(assigned["heads"].value)) if "heads" in assigned else (),
         path=path,
     )
-
-
-def _assignments(tree: ast.Module) -> dict[str, ast.Assign]:
-    """Top-level `name = value` statements by name; the last one of a name counts, as in execution."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = node
-    return found
-
-
-def _literal(assigned: Mapping[str, ast.Assign], name: str, default: Any) -> Any:
-    return ast.literal_eval(assigned[name].value) if name in assigned else default
-
-
-def _dict_keys(node: ast.expr) -> list[str]:
-    """Keys of `dict(a=…, b=…)` or `{"a": …}` in source."""
-    if isinstance(node, ast.Call):
-        return [keyword.arg for keyword in node.keywords if keyword.arg]
-    if isinstance(node, ast.Dict):
-        return [ast.literal_eval(key) for key in node.keys if key is not None]
-    return []
-
-
-def _dotted_names(value: Any, prefix: str = "") -> list[str]:
-    names = []
-    if isinstance(value, Mapping) or hasattr(value, "keys"):
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return []
-    for key, item in items:
-        name = f"{prefix}{key}"
-        names += [name, *_dotted_names(item, name + ".")]
-    return names
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    raise UsageError(f"a recipe may hold plain values only, found {value!r}")

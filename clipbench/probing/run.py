@@ -41,7 +41,6 @@ from clipbench.probing.plan import FINISHED, Plan, TaskPlan, Trial, find_run
 from clipbench.probing.runner import (
     CHECKPOINT,
     DivergedError,
-    InterruptedRunError,
     ProbeRunner,
     build_optimisers,
     checkpoint_meta,
@@ -71,6 +70,7 @@ from clipbench.results import (
 from clipbench.results import Trial as TriedSettings
 from clipbench.results.record import read_record, record_path, slug, write_text_atomically
 from clipbench.screen import Screen
+from clipbench.signals import InterruptedRunError
 
 RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,15 +21,9 @@ from clipbench.data.stream import CorruptDataError, CorruptSample
 from clipbench.errors import ClipbenchError
 from clipbench.probing.model import SweepModel, SweepOptimWrapper
 from clipbench.processes import anywhere, average_buffers, gather, rank
+from clipbench.signals import InterruptedRunError, StopRequest
 
 CHECKPOINT = "checkpoint.pth"
-
-
-class InterruptedRunError(ClipbenchError):
-    """The run was asked to stop and left a checkpoint."""
-
-    exit_code = 130
-    everywhere = True
 
 
 class DivergedError(ClipbenchError):
@@ -159,24 +151,11 @@ class ProgressHook(Hook):
     def __init__(self, on_step: Callable[[int, dict[str, float]], None], checkpoint_interval: int) -> None:
         self._on_step = on_step
         self._interval = checkpoint_interval
-        self._asked_at = 0.0
-        self._previous: dict[int, Any] = {}
+        self._stop = StopRequest()
 
     def before_train(self, runner: Runner) -> None:
         """From here on Ctrl-C and SIGTERM (Slurm's warning) end the run at a step's end."""
-
-        def ask_to_stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            # A second Ctrl-C stops at once. A launcher passes one Ctrl-C on as several signals, hence the delay.
-            if self._asked_at and number == signal.SIGINT and time.monotonic() - self._asked_at > 1:
-                self._restore_signals()
-                raise KeyboardInterrupt
-            self._asked_at = self._asked_at or time.monotonic()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, ask_to_stop)
-            except ValueError:  # not in the main thread: whoever runs the thread handles signals
-                return
+        self._stop.listen()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
@@ -190,7 +169,7 @@ class ProgressHook(Hook):
             runner.train_loop.stop_training = True  # nothing is left to train in this pass
             runner.save_progress(done)
             return
-        if anywhere(bool(self._asked_at)):
+        if anywhere(self._stop.made):
             runner.save_progress(done)
             raise InterruptedRunError(
                 f"stopped at step {done} of {runner.max_iters}; everything up to here is saved",
@@ -201,16 +180,11 @@ class ProgressHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Give the signals back."""
-        self._restore_signals()
+        self._stop.close()
 
     def close(self) -> None:
         """Give the signals back, also after an error."""
-        self._restore_signals()
-
-    def _restore_signals(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)
+        self._stop.close()
 
 
 def checkpoint_meta(work_dir: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import pytest
 
 from clipbench.backbones.base import FeatureMap, OutputSpec
 from clipbench.backbones.patch_embeddings import VARIANTS
+from clipbench.configs import parse_set
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.paths import shipped
 from clipbench.probing.families import load_family
 from clipbench.probing.knobs import check_knobs
-from clipbench.probing.recipes import catalogue, find_recipe, load_recipe, parse_set, protocol_of
+from clipbench.probing.recipes import catalogue, find_recipe, load_recipe, protocol_of
 
 TASKS = sorted(path.stem.replace("_", "-") for path in shipped("probes").glob("*.py") if path.stem != "clip_benchmark")
 
