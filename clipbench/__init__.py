@@ -7,7 +7,7 @@
 Importing this package is cheap: torch and OpenMMLab load only when something is run.
 """
 
-from clipbench.api import evaluate, probe
+from clipbench.api import evaluate, label, probe
 
-__all__ = ["__version__", "evaluate", "probe"]
+__all__ = ["__version__", "evaluate", "label", "probe"]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`clipbench.probe` and `clipbench.evaluate`: what the commands of those names do, from Python."""
+"""`clipbench.probe`, `evaluate` and `label`: what the commands of those names do, from Python."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipbench.labelling.run import LabelResult
     from clipbench.results import Record
 
 
@@ -165,6 +166,84 @@ def evaluate(
         registry=Path(registry) if registry is not None else None,
         screen=Screen(silent=not progress),
     )
+
+
+def label(
+    expert: str | Sequence[str],
+    input: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    size: int = 320,
+    batch_size: int = 16,
+    precision: str = "fp32",
+    min_confidence: Mapping[str, float] | None = None,
+    confidence: bool = True,
+    normals_bits: int = 8,
+    captions: str = "required",
+    device: str = "auto",
+    nproc: int = 1,
+    threads: int | None = None,
+    registry: str | Path | None = None,
+    jobs: int = 1,
+    launcher: str = "none",
+    cluster: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> LabelResult:
+    """Label image-text shards with model-zoo experts: `clipbench label`.
+
+    Finished shards are skipped, and a call that was interrupted goes on where it stopped. With `nproc` above 1, scripts
+    need the usual `if __name__ == "__main__":`, since processes are spawned.
+
+    Args:
+        expert: Names of registry.yaml, globs, or "oracle" (toyworld's exact labels); several with commas or as a list.
+        input: img2dataset's tars: a pattern with braces, a glob, a folder, or several of them.
+        output: Folder to make or to go on with.
+        size: Shorter side of the labels, pixels, at most; 0 for the image's own.
+        batch_size: Images of equal shape at once.
+        precision: "fp32", "bf16" or "fp16".
+        min_confidence: By expert; pixels below it become ignore.
+        confidence: Write confidence maps where the expert gives them.
+        normals_bits: 8 or 16 bits a channel.
+        captions: "required" leaves samples without a caption out; "optional" keeps them.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        nproc: Processes on this machine, each on a GPU of its own where there are some.
+        threads: For decoding and encoding in each process; None for its share of the cores.
+        registry: An extra registry file.
+        jobs: With a launcher: jobs that share the shards.
+        launcher: "none", "local" or "slurm".
+        cluster: submitit's parameters, such as {"slurm_partition": "gpu"}.
+        progress: Show progress on stderr.
+
+    Returns:
+        Counts, rate, failures, and the manifest as it stands.
+
+    Raises:
+        UsageError: A name or a value is wrong, or the folder was labelled with other settings.
+        ClipbenchError: It stopped half-way; what is finished stays.
+    """
+    from clipbench.labelling.plan import LabelRequest
+    from clipbench.labelling.run import check_launcher
+    from clipbench.labelling.run import label as run_label
+    from clipbench.screen import Screen
+
+    check_launcher(launcher, jobs, nproc)
+    request = LabelRequest(
+        experts=expert if isinstance(expert, str) else ",".join(expert),
+        inputs=(str(input),) if isinstance(input, str | Path) else tuple(map(str, input)),
+        output=Path(output),
+        size=size,
+        batch_size=batch_size,
+        precision=precision,
+        min_confidence=dict(min_confidence or {}),
+        keep_confidence=confidence,
+        normals_bits=normals_bits,
+        captions=captions,
+        device=device,
+        nproc=nproc,
+        threads=threads,
+        registry=Path(registry) if registry is not None else None,
+    )
+    return run_label(request, Screen(silent=not progress), launcher=launcher, jobs=jobs, cluster=cluster)  # type: ignore[arg-type]
 
 
 def _several(value: Any) -> tuple[Any, ...] | None:

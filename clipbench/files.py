@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from clipbench.errors import ClipbenchError
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
     """A temporary name to write a file under; it takes its own name at the end, and is gone after an error."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    # Machines that share a disk may have equal process numbers.
+    temporary = file.with_name(f".{file.name}.{platform.node()}.{os.getpid()}")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -24,10 +26,19 @@ def atomic(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # also after a link was renamed onto itself, which does nothing
 
 
-def write_atomic(file: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all."""
-    with atomic(file) as temporary:
-        temporary.write_bytes(content)
+def write_atomic(file: Path, content: bytes, durable: bool = False) -> None:
+    """Put a file in place whole or not at all.
+
+    Args:
+        file: Its name.
+        content: Of it.
+        durable: Bring it to the disk first, so that a power cut leaves no empty file under the name.
+    """
+    with atomic(file) as temporary, temporary.open("wb") as out:
+        out.write(content)
+        if durable:
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def link_atomic(first: Path, file: Path) -> None:

@@ -54,7 +54,7 @@ def _task_charts(expert: Mapping[str, Any]) -> list[Image.Image | None]:
             histogram("inverse depth, each image's 2nd to 98th percentile as 0 to 1", expert["values"]),
         ]
     return [
-        histogram("n_z of all pixels (towards the camera: < 0)", expert["nz"]),
+        histogram("n_z of all pixels (a wall before the camera: -1)", expert["nz"]),
         histogram("mean n_y of each image's lower third (floors: < 0)", expert["below"]),
         histogram("mean n_x, left half - right half, each image (rooms: > 0)", expert["sides"]),
     ]

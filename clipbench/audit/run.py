@@ -98,6 +98,7 @@ def audit(
         "settings": labelled.manifest.settings.model_dump(),
         "counts": {**counts, "audited": seen.samples},
         "damaged": seen.damaged,
+        "mixed_sizes": {"count": len(seen.mixed), "first": seen.mixed[:_FIRST_FAILURES]},
         **seen.summary(),
     }
     report["warnings"] = [finding.as_dict() for finding in find_warnings(report)]
@@ -122,6 +123,7 @@ class _Pass:
         self.samples = 0
         self.rows: list[Row] = []
         self.damaged: list[str] = []
+        self.mixed: list[str] = []  # samples whose labels differ in size
 
     def add(self, sample: LabelledSample, on_sheet: bool) -> None:
         """One sample; the one image at a time that is in memory, beside those of the sheets."""
@@ -139,7 +141,10 @@ class _Pass:
                 continue
             statistics.add(labels[name], len(encoded.label) + len(encoded.confidence or b""), sample.facts)
         self._agreement.add(labels)
-        truth = self._reader.of(sample.facts) if self._reader else None
+        sizes = [label.size for label in labels.values()]
+        if len(set(sizes)) > 1:
+            self.mixed.append(sample.key)
+        truth = self._reader.of(sample.facts, sizes[0]) if self._reader and sizes else None
         if truth is not None:
             self._scores.add(truth, labels)
         if on_sheet:

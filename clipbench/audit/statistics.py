@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipbench.data.intrinsics import assumed_intrinsics, label_intrinsics
 from clipbench.data.pseudo_labels import ConfidenceKind, LabelFormat, PseudoLabel
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -301,9 +302,10 @@ class NormalsStatistics(LabelStatistics):
         flat = normals[valid]
         if not len(flat):
             return False
-        known = known_intrinsics(facts, label.size)
+        known = _known_intrinsics(facts, label.size)
         self._known_cameras += known is not None
-        rays = _rays(*label.size, known or assumed_intrinsics(label.size))
+        camera = assumed_intrinsics(label.size, ASSUMED_FOV) if known is None else known
+        rays = _rays(*label.size, tuple(camera.ravel().tolist()))
         self._away += int((np.einsum("nc,nc->n", flat, rays[valid]) > AWAY).sum())
         self._nz.add(flat[:, 2])
         total = np.array([flat[:, axis].sum(dtype=np.float64) for axis in range(3)])
@@ -351,35 +353,23 @@ def correlation(a: Floats, b: Floats) -> float:
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
-def known_intrinsics(facts: Mapping[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """(fx, fy, cx, cy) in pixels of a label, of what the sample's JSON says of its image; None where it says nothing.
-
-    The middle of the top-left pixel is (0, 0).
-
-    Args:
-        facts: The sample's JSON.
-        size: (height, width) of the label.
-    """
+def _known_intrinsics(facts: Mapping[str, Any], size: tuple[int, int]) -> Floats | None:
+    """K of a label where the sample's JSON has a usable one; one that is not usable counts as not known."""
     image = (facts.get("clipbench") or {}).get("image") or {}
-    if "intrinsics" not in facts or not image.get("width") or not image.get("height"):
+    if not image.get("width") or not image.get("height"):
         return None
-    K = np.asarray(facts["intrinsics"], float)
-    y, x = size[0] / image["height"], size[1] / image["width"]
-    return K[0, 0] * x, K[1, 1] * y, (K[0, 2] + 0.5) * x - 0.5, (K[1, 2] + 0.5) * y - 0.5
-
-
-def assumed_intrinsics(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The same of a camera of `ASSUMED_FOV` that looks straight ahead."""
-    focal = max(size) / 2 / math.tan(math.radians(ASSUMED_FOV / 2))
-    return focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2
+    try:
+        return label_intrinsics(facts, (image["height"], image["width"]), size)
+    except ValueError:
+        return None
 
 
 @lru_cache(maxsize=8)
-def _rays(height: int, width: int, camera: tuple[float, float, float, float]) -> npt.NDArray[np.float32]:
-    """(H, W, 3) unit vectors from the camera through the pixels."""
-    fx, fy, cx, cy = camera
+def _rays(height: int, width: int, camera: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """(H, W, 3) unit vectors from the camera through the pixels; `camera` is K row by row."""
     v, u = np.mgrid[:height, :width]
-    rays = np.stack([(u - cx) / fx, (v - cy) / fy, np.ones((height, width))], axis=2)
+    pixels = np.stack([u, v, np.ones((height, width))], axis=2)
+    rays = pixels @ np.linalg.inv(np.array(camera).reshape(3, 3)).T
     return (rays / np.linalg.norm(rays, axis=2, keepdims=True)).astype(np.float32)
 
 

@@ -68,11 +68,16 @@ class TruthReader:
         self._data_root, self._registry = data_root, registry
         self._readers: dict[tuple[str, str], Callable[[str], Truth] | str] = {}
 
-    def of(self, facts: Mapping[str, Any]) -> Truth | None:
-        """The truth of a sample; None where it has none, or it cannot be used (see `problems`)."""
+    def of(self, facts: Mapping[str, Any], size: tuple[int, int]) -> Truth | None:
+        """The truth of a sample; None where it has none, or it cannot be used (see `problems`).
+
+        Args:
+            facts: The sample's JSON.
+            size: (height, width) of its labels, at which toyworld is rendered.
+        """
         try:
             if "toyworld" in facts:
-                return _toyworld(facts)
+                return _toyworld(facts, size)
             pointer = facts.get("truth")
             if not isinstance(pointer, Mapping):
                 return None
@@ -170,11 +175,11 @@ def depth_truth(depth: npt.NDArray[Any]) -> PseudoLabel:
     return PseudoLabel("depth", inverse, valid)
 
 
-def _toyworld(facts: Mapping[str, Any]) -> Truth:
+def _toyworld(facts: Mapping[str, Any], size: tuple[int, int]) -> Truth:
     from clipbench.data.toyworld import exact
     from clipbench.data.toyworld.vocabulary import CLASSES
 
-    scene = exact(facts)
+    scene = exact(facts, size[0])
     everywhere = np.ones(scene.semantic.shape, bool)
     return Truth(
         "toyworld",

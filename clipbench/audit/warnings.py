@@ -14,6 +14,7 @@ from typing import Any
 LOW_COVERAGE = 0.5  # share of the images about which an expert says anything
 DOMINANT_CLASS = 0.9  # share of the pixels that are not background; of one class, where there are more
 MANY_FLAT = 0.1  # share of images whose depth is constant, or whose normals are
+MANY_MISSING = 0.01  # share of samples without a label that can be read
 MANY_IGNORED = 0.5  # share of pixels
 MANY_FAILURES = 0.02  # share of samples that were left out
 FACING_AWAY = 0.2  # share of pixels
@@ -85,6 +86,15 @@ def _folder(report: Mapping[str, Any]) -> Iterator[Finding]:
             "Training will stop there.",
             "Remove the shard and its _stats.json, and run the same clipbench label command again.",
         )
+    mixed = report["mixed_sizes"]
+    if mixed["count"]:
+        yield Finding(
+            "mixed-sizes",
+            (),
+            f"The labels of {mixed['count']:,} samples differ in size, the first: {', '.join(mixed['first'])}.",
+            "clipbench label writes all labels of an image at one size: files were changed since.",
+            "Remove these shards with their _stats.json, and run the same clipbench label command again.",
+        )
     if not counts["complete"]:
         yield Finding(
             "incomplete",
@@ -114,8 +124,17 @@ def _any_expert(name: str, expert: Mapping[str, Any]) -> Iterator[Finding]:
             "The folder was changed or damaged after labelling.",
             "Remove these shards with their _stats.json, and run the same clipbench label command again.",
         )
+    covered = expert["coverage"]
+    if covered is not None and covered < 1 - MANY_MISSING:
+        yield Finding(
+            "missing-labels",
+            about,
+            f"{1 - covered:.1%} of the samples have no label of {name} that can be read.",
+            "The task is not trained on them.",
+            "clipbench label writes one for every sample: the folder was changed since. Label it again.",
+        )
     informative = expert["informative"]
-    if informative is not None and informative < LOW_COVERAGE:
+    if informative is not None and covered and informative < LOW_COVERAGE * covered:
         yield Finding(
             "low-coverage",
             about,
@@ -141,7 +160,9 @@ def _any_expert(name: str, expert: Mapping[str, Any]) -> Iterator[Finding]:
     if confidence is not None:
         of_kappa = confidence["kind"] == "kappa"
         spread = confidence["promised_error" if of_kappa else "values"]
-        if spread["n"] and spread["std"] < (FLAT_KAPPA if of_kappa else FLAT_CONFIDENCE):
+        # Members that all agree are what a consensus counts: of two, every valid pixel has 1.
+        pooled = expert["source"].startswith("consensus:")
+        if not pooled and spread["n"] and spread["std"] < (FLAT_KAPPA if of_kappa else FLAT_CONFIDENCE):
             unit = "° of promised error" if of_kappa else ""
             yield Finding(
                 "flat-confidence",
@@ -234,7 +255,8 @@ def _pair(row: Mapping[str, Any]) -> Iterator[Finding]:
         saw = f"differ in the class of {row['disagreement']:.1%} of the pixels" if apart else ""
     elif kind == "depth":
         apart = row["correlation"] is not None and row["correlation"] < DISAGREEMENT[kind]
-        saw = f"have depths that correlate by {row['correlation']:+.2f} only" if apart else ""
+        how = "are inverted to each other" if apart and row["correlation"] < 0 else "hardly follow each other"
+        saw = f"have depths that {how} (correlation {row['correlation']:+.2f})" if apart else ""
     else:
         apart = row["angles"] is not None and row["angles"]["mean error"] > DISAGREEMENT[kind]
         saw = f"differ by {row['angles']['mean error']:.1f}° on average" if apart else ""

@@ -15,7 +15,7 @@ from clipbench.errors import ClipbenchError
 
 
 @contextmanager
-def hub_access(what: str, repo: str, files: str, instead: str, url: str = "") -> Iterator[None]:
+def hub_access(what: str, repo: str, files: str, instead: str, url: str = "", alone: bool = False) -> Iterator[None]:
     """Around code of a library that reads files of a Hub repository, from its cache or over the network.
 
     Without a network the libraries retry each file for half a minute; here they go to the cache at once.
@@ -26,6 +26,7 @@ def hub_access(what: str, repo: str, files: str, instead: str, url: str = "") ->
         files: The file names that would do.
         instead: Another way to get on.
         url: Address of the file, where it is not on the Hub.
+        alone: `files` is one file, and the rest of the repository is not needed.
 
     Raises:
         ClipbenchError: The files are neither cached nor reachable.
@@ -58,7 +59,7 @@ def hub_access(what: str, repo: str, files: str, instead: str, url: str = "") ->
             place = (
                 f"Missing: {files} of repository {repo}\n"
                 f"Looked in: {cache} (set by HF_HOME), then on the Hub\n"
-                f"By hand: on a machine with a network, run  hf download {repo}\n"
+                f"By hand: on a machine with a network, run  hf download {repo}{f' {files}' if alone else ''}\n"
                 f"         and copy its folder models--{repo.replace('/', '--')} into {cache}"
             )
         else:

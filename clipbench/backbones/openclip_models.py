@@ -25,7 +25,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-from timm.layers import resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -199,10 +199,10 @@ class _OwnViTVisual(nn.Module):
         patch_h, patch_w = self.visual.patch_size
         grid = (x.shape[-2] // patch_h, x.shape[-1] // patch_w)
         position = _resize(self.visual.positional_embedding, grid)
-        return functional_call(_Intermediates(self.visual), {"visual.positional_embedding": position}, (x,), options)
+        return functional_call(Intermediates(self.visual), {"visual.positional_embedding": position}, (x,), options)
 
 
-class _Intermediates(nn.Module):
+class Intermediates(nn.Module):
     """`forward_intermediates` as `forward`, which is what `functional_call` calls."""
 
     def __init__(self, visual: oc.VisionTransformer) -> None:
@@ -220,16 +220,21 @@ def _resize(position: Tensor, grid: Sequence[int]) -> Tensor:
 
 def _visual(visual: nn.Module) -> _TimmVisual | _ResNetVisual | _OwnViTVisual:
     if isinstance(visual, TimmModel):
-        return _TimmVisual(_any_size(visual.trunk), visual.head)
+        return _TimmVisual(any_size(visual.trunk), visual.head)
     if isinstance(visual, ModifiedResNet):
         return _ResNetVisual(visual)
     if not isinstance(visual, oc.VisionTransformer):
         raise NotImplementedError(f"open_clip image tower {type(visual).__name__}")
+    return _TimmVisual(vit_to_timm(visual), nn.Identity()) if is_plain_vit(visual) else _OwnViTVisual(visual)
+
+
+def is_plain_vit(visual: nn.Module) -> bool:
+    """Whether `vit_to_timm` takes an image tower: open_clip's ViT, without an attention pool or blocks of its own."""
+    if not isinstance(visual, oc.VisionTransformer) or visual.attn_pool is not None:
+        return False
     blocks = visual.transformer.resblocks
     plain = all(type(b) is oc.ResidualAttentionBlock and isinstance(b.attn, nn.MultiheadAttention) for b in blocks)
-    if visual.attn_pool is None and visual.pool_type in ("tok", "avg") and plain:
-        return _TimmVisual(vit_to_timm(visual), nn.Identity())
-    return _OwnViTVisual(visual)
+    return plain and visual.pool_type in ("tok", "avg")
 
 
 def vit_to_timm(visual: oc.VisionTransformer) -> VisionTransformer:
@@ -266,14 +271,21 @@ def vit_to_timm(visual: oc.VisionTransformer) -> VisionTransformer:
     return vit.train(visual.training)
 
 
-def _any_size(trunk: nn.Module) -> nn.Module:
-    """The same timm model with the options that let it take any input size."""
+def any_size(trunk: nn.Module) -> nn.Module:
+    """The same timm model with the options that let it take any input size.
+
+    Parameters, their names and stochastic depth stay as they are.
+    """
     name = trunk.pretrained_cfg["architecture"]
     options = size_options(name)
     if not options:
         return trunk
     free = timm.create_model(name, num_classes=trunk.num_classes, global_pool=trunk.global_pool, **options)
     free.load_state_dict(trunk.state_dict(), strict=True, assign=True)
+    for place, module in trunk.named_modules():
+        if isinstance(module, DropPath):  # where no rate is given, a model has identities in their place
+            parent, _, attribute = place.rpartition(".")
+            setattr(free.get_submodule(parent), attribute, module)
     return free.train(trunk.training)
 
 
@@ -315,20 +327,9 @@ class OpenClipLibrary(Library[OpenClipTower]):
         del output_stride  # open_clip's ResNets and trunks are not dilated
         if img_size is not None:
             raise TypeError("open_clip towers are built for one size")
-        # Fetching first: nobody wants to wait for a model to be made only to learn that there is no network.
-        weights = self._download() if published and checkpoint is None else None
-        clip = self._clip()
-        report = None
-        misfit = None
-        if checkpoint is not None:
-            try:
-                report = load_into(clip, checkpoint, self.source, partial(_convert, clip))
-            except CheckpointMismatch as error:
-                misfit = error
-        elif weights is not None:
-            load_checkpoint(clip, weights, strict=True, weights_only=True)
+        clip, report, misfit = self._loaded(published, checkpoint)
         joint_dim = open_clip.get_model_config(self.name)["embed_dim"]
-        tower = OpenClipTower(clip.eval(), joint_dim, self._tokenizer).eval()
+        tower = OpenClipTower(clip.eval(), joint_dim, self.tokenizer).eval()
         if checkpoint is not None and (report is None or report.unfilled):
             # What `--mode finetune` saves is named as in the tower and not as in open_clip.
             try:
@@ -339,6 +340,13 @@ class OpenClipLibrary(Library[OpenClipTower]):
             else:
                 report = own if report is None or own.matched > report.matched else report
         return tower, report
+
+    def two_towers(self, *, published: bool, checkpoint: Path | None) -> tuple[nn.Module, LoadReport | None]:
+        """open_clip's own model, both towers as they are; arguments and errors as for `tower`."""
+        clip, report, misfit = self._loaded(published, checkpoint)
+        if misfit is not None:
+            raise misfit
+        return clip, report
 
     def input(self, tower: OpenClipTower) -> InputSpec:
         del tower
@@ -357,6 +365,22 @@ class OpenClipLibrary(Library[OpenClipTower]):
             resize_mode=_RESIZE_MODES[config["resize_mode"]],
             interpolation=config["interpolation"],
         )
+
+    def _loaded(
+        self, published: bool, checkpoint: Path | None
+    ) -> tuple[nn.Module, LoadReport | None, CheckpointMismatch | None]:
+        """The model; how a checkpoint fitted it, or why it did not and left it at its random weights."""
+        # Fetching first: nobody wants to wait for a model to be made only to learn that there is no network.
+        weights = self._download() if published and checkpoint is None else None
+        clip = self._clip()
+        if checkpoint is not None:
+            try:
+                return clip, load_into(clip, checkpoint, self.source, partial(_convert, clip)), None
+            except CheckpointMismatch as error:
+                return clip, None, error
+        if weights is not None:
+            load_checkpoint(clip, weights, strict=True, weights_only=True)
+        return clip, None, None
 
     def _clip(self) -> nn.Module:
         config = open_clip.get_model_config(self.name)
@@ -422,7 +446,8 @@ class OpenClipLibrary(Library[OpenClipTower]):
                     f"Try again; it may have been cut short or changed on the way from {config.get('url', 'the Hub')}",
                 ) from error
 
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer of the text tower; some have to be fetched."""
         text = open_clip.get_model_config(self.name)["text_cfg"].get("hf_tokenizer_name") or ""
         if self.folder is not None:
             try:

@@ -35,7 +35,7 @@ def build(entry: BackboneEntry | str, *, seed: int = 0, output_stride: int | Non
         UnknownNameError: No such alias, model or tag; as `check_source`.
         ClipbenchError: Weights cannot be fetched, do not fit, or the model cannot be declared truthfully.
     """
-    entry, library, checkpoint = _resolve(entry)
+    entry, library, checkpoint = resolve(entry)
     override = _size_override(entry)
     found = _dry_run(library, entry.name, output_stride, override)
 
@@ -65,7 +65,7 @@ def describe(entry: BackboneEntry | str) -> Description:
     Raises:
         As `build`, except for what only the weights can tell.
     """
-    entry, library, checkpoint = _resolve(entry)
+    entry, library, checkpoint = resolve(entry)
     found = _dry_run(library, entry.name, None, _size_override(entry))
     return Description(
         _input_spec(entry, found), _output_spec(found.tower, found.measured), _weights(library, checkpoint, 0)
@@ -79,7 +79,7 @@ def check_source(entry: BackboneEntry | str) -> None:
         UnknownNameError: Unknown alias, timm model or tag, open_clip architecture or tag; the nearest are given.
         UsageError: A checkpoint, folder, module or factory is not there, or the entry is not ready.
     """
-    _resolve(entry)
+    resolve(entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,12 @@ class _Found:
     img_size: Size | None
 
 
-def _resolve(entry: BackboneEntry | str) -> tuple[BackboneEntry, Library, Path | None]:
+def resolve(entry: BackboneEntry | str) -> tuple[BackboneEntry, Library, Path | None]:
+    """The entry, its model by name, and the file of its own weights, if any. Builds and downloads nothing.
+
+    Raises:
+        As `check_source`.
+    """
     if isinstance(entry, str):
         from clipbench.registry import load_registry
 

@@ -83,10 +83,10 @@ def label(
 
     Look at the result before training on it: clipbench audit DIR
     """
+    from clipbench.configs import parse_set
     from clipbench.labelling.plan import LabelRequest
     from clipbench.labelling.run import check_launcher
     from clipbench.labelling.run import label as run_label
-    from clipbench.probing.recipes import parse_set
     from clipbench.screen import Screen
 
     check_launcher(launcher, jobs, nproc)
@@ -196,7 +196,9 @@ def _show(result: LabelResult) -> None:
     console = Console(soft_wrap=True, highlight=False)
     totals = result.manifest.totals
     if result.before == result.shards:
-        console.print(f"{result.output} is complete: {result.shards} shards, nothing to do.", markup=False)
+        console.print(
+            f"{result.output} is complete ({result.shards} of {result.shards} shards): nothing to do.", markup=False
+        )
     else:
         rate = f", {result.rate:.1f} images/s" if result.rate else ""
         console.print(f"looked at {result.samples:,} images in {result.seconds:.0f} s{rate}")

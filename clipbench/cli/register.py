@@ -65,7 +65,7 @@ def register(
         raise UsageError("--option goes with --expert TASK")
     from clipbench.backbones import check_source
     from clipbench.registry import BackboneEntry, load_registry, parse_source
-    from clipbench.registry.editing import write_entry
+    from clipbench.registry.editing import as_seen_from, write_entry
     from clipbench.registry.schema import check_name
     from clipbench.registry.sources import expand_home
 
@@ -87,7 +87,7 @@ def register(
 
     fields = {"source": str(_source_as_seen_from(file, parsed))}
     if checkpoint is not None:
-        fields["checkpoint"] = _as_seen_from(file, checkpoint)
+        fields["checkpoint"] = as_seen_from(file, checkpoint)
     fields |= {key: text for key, text in (("description", description), ("license", license_)) if text}
     entry = write_entry(file, "backbones", name, fields, replace=replace)
 
@@ -126,10 +126,10 @@ def _register_expert(
     as_json: bool,
 ) -> None:
     """Write an expert into a registry file; `check` loads it first where its weights are the user's own."""
+    from clipbench.configs import parse_set
     from clipbench.errors import UnknownNameError
-    from clipbench.probing.recipes import parse_set
     from clipbench.registry import load_registry
-    from clipbench.registry.editing import write_entry
+    from clipbench.registry.editing import as_seen_from, write_entry
     from clipbench.registry.experts import TASKS, parse_expert_source
     from clipbench.registry.schema import check_name
     from clipbench.registry.sources import expand_home
@@ -146,11 +146,13 @@ def _register_expert(
         )
     if checkpoint is not None and not expand_home(checkpoint).is_file():
         raise UsageError(f"checkpoint {checkpoint} does not exist", "Expected a .safetensors or .pt file.")
-    written = parsed if parsed.path is None else parsed.with_path(_as_seen_from(file, Path(parsed.path)))
+    written = parsed if parsed.path is None else parsed.with_path(as_seen_from(file, Path(parsed.path)))
     fields: dict[str, Any] = {"task": task, "source": str(written)}
     if checkpoint is not None:
-        fields["checkpoint"] = _as_seen_from(file, checkpoint)
+        fields["checkpoint"] = as_seen_from(file, checkpoint)
     given = parse_set(options, "--option", "size=512")
+    words = {"true": True, "false": False}  # as YAML writes them
+    given = {key: words.get(value, value) if isinstance(value, str) else value for key, value in given.items()}
     if given:
         fields["options"] = given
     fields |= {key: text for key, text in (("description", description), ("license", license_)) if text}
@@ -211,19 +213,12 @@ def _load(entry: BackboneEntry) -> LoadReport | None:
 
 def _source_as_seen_from(registry_file: Path, source: Source) -> Source:
     """A source with its local paths as they are to be written into a registry file."""
+    from clipbench.registry.editing import as_seen_from
+
     if source.kind == "ckpt":
         behind = source.architecture and _source_as_seen_from(registry_file, source.architecture)
-        name = _as_seen_from(registry_file, Path(source.name))
+        name = as_seen_from(registry_file, Path(source.name))
         return dataclasses.replace(source, name=name, architecture=behind)
     if source.folder is not None:
-        return source.with_folder(_as_seen_from(registry_file, Path(source.folder)))
+        return source.with_folder(as_seen_from(registry_file, Path(source.folder)))
     return source
-
-
-def _as_seen_from(registry_file: Path, path: Path) -> str:
-    """How to write a path into a registry file: relative if it lies below the file's folder, so that both can move."""
-    from clipbench.registry.sources import expand_home
-
-    path = expand_home(path).resolve()
-    folder = registry_file.resolve().parent
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)

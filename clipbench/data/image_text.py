@@ -9,6 +9,7 @@ wrong with one is a `Fault` in its place in the stream, and what can be read is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from clipbench.data.images import IMAGE_SUFFIXES, decode_rgb
 from clipbench.errors import UsageError, nearest
@@ -458,6 +460,15 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def stored_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) that an encoded image claims to have; None where it is none. Reads its header alone."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return None
 
 
 def decode_image(encoded: bytes, name: str, longest: int) -> npt.NDArray[np.uint8]:

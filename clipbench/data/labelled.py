@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from clipbench.data.image_text import Fault, ImageTextSample, read_shard
+from clipbench.data.image_text import Fault, ImageTextSample, read_shard, shards_in
 from clipbench.data.pseudo_labels import (
     ConfidenceKind,
     DepthScale,
@@ -155,6 +155,7 @@ class LabelledSample:
     Attributes:
         key: Unique in its shard.
         image: Encoded, as it came in.
+        image_extension: Of its file, in lower case: "jpg".
         caption: None where it has none.
         facts: The sample's JSON.
         labels: By expert.
@@ -163,6 +164,7 @@ class LabelledSample:
 
     key: str
     image: bytes
+    image_extension: str
     caption: str | None
     facts: Mapping[str, Any]
     labels: Mapping[str, EncodedLabel]
@@ -238,7 +240,7 @@ def labelled_sample(sample: ImageTextSample, formats: Mapping[str, LabelFormat])
         for name in formats
         if label_extension(name) in files
     }
-    return LabelledSample(sample.key, sample.image, sample.caption, facts, labels, formats)
+    return LabelledSample(sample.key, sample.image, sample.image_extension, sample.caption, facts, labels, formats)
 
 
 def label_extension(expert: str) -> str:
@@ -269,7 +271,7 @@ def open_labelled(root: Path) -> LabelledFolder:
         if not root.is_dir():
             raise UsageError(f"there is no folder {root}", hint)
         raise UsageError(f"{root} is not a labelled folder: it has no {MANIFEST}", hint)
-    shards = tuple(sorted(path for path in root.glob("*.tar") if stats_file(path).exists()))
+    shards = tuple(path for path in shards_in(root) if stats_file(path).exists())
     if not shards:
         raise UsageError(f"{root} has no finished shard yet", "The same `clipbench label` command goes on.")
     return LabelledFolder(root, manifest, shards)

@@ -31,17 +31,24 @@ class Picture:
         label_size: (height, width) that its labels have; never larger than the image.
         facts: The sample's JSON, for experts that use more than pixels (`intrinsics`, `toyworld`).
         key: For messages.
+        stored: (height, width) of the image in the shard, where it was reduced while it was decoded.
     """
 
     image: Tensor
     label_size: Size
     facts: Mapping[str, Any] = field(default_factory=dict)
     key: str = ""
+    stored: Size | None = None
 
     @property
     def size(self) -> Size:
         """(height, width) of the image."""
         return int(self.image.shape[1]), int(self.image.shape[2])
+
+    @property
+    def stored_size(self) -> Size:
+        """(height, width) of the image in the shard, of which its JSON speaks."""
+        return self.stored or self.size
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,14 @@ class DerivedExpert(ABC):
 
 
 AnyExpert = Expert | DerivedExpert
+
+
+def described(members: Sequence[ExpertInfo]) -> dict[str, Any]:
+    """What decides the labels of members, for the `options` of what is derived from them: they may change too."""
+    return {
+        one.name: {"source": one.source, "weights_sha256": one.weights_sha256, "options": dict(one.options)}
+        for one in members
+    }
 
 
 def batches(shapes: Sequence[tuple[int, ...]], size: int) -> list[list[int]]:

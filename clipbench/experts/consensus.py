@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from clipbench.data.pseudo_labels import DepthScale, PseudoLabel
 from clipbench.errors import UsageError
-from clipbench.experts.base import AnyExpert, DerivedExpert, ExpertInfo, Picture
+from clipbench.experts.base import AnyExpert, DerivedExpert, ExpertInfo, Picture, described
 from clipbench.registry.experts import ConsensusOptions
 from clipbench.registry.schema import ExpertEntry
 
@@ -197,8 +197,8 @@ def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> Consensus:
         classes=infos[0].classes,
         scale=None if entry.task != "depth" else "metric" if metric else "relative",
         confidence="probability" if entry.task == "segmentation" else None,
-        options=options.model_dump(),
-        license=entry.license,
+        options={**options.model_dump(), "members": described(infos)},
+        license=entry.license or "; ".join(sorted({one.license for one in infos if one.license})) or None,
     )
     return Consensus(info, names, [info.scale for info in infos], options)
 

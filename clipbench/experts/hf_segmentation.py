@@ -203,6 +203,12 @@ def build_segmenter(repository: Repository) -> Segmenter:
             + ".",
         )
     output = "instance" if instance else "semantic"
+    useless = sorted({"score_threshold", "mask_threshold", "max_instances"} & set(entry.options))
+    if useless and not instance:
+        raise UsageError(
+            f"expert '{entry.name}' scores classes pixel by pixel and has no instances for {', '.join(useless)}",
+            f"Leave it out; a threshold on pixels is --min-confidence {entry.name}=VALUE of clipbench label.",
+        )
 
     # OneFormer's class_info_file lies in a data set on the Hub. It describes the classes for training alone.
     processor = repository.processor(**({"class_info_file": None} if kind == "oneformer" else {}))

@@ -35,7 +35,7 @@ from clipbench.experts.instances import (
     sides,
     weights_of,
 )
-from clipbench.experts.weights import load_weights, weights_file
+from clipbench.experts.weights import load_weights, register_command, weights_file
 from clipbench.registry import ExpertEntry
 from clipbench.registry.experts import InstanceOptions
 
@@ -315,7 +315,7 @@ def _weights(entry: ExpertEntry, config: Path) -> tuple[str, Path]:
     if (path := weights_file(entry)) is not None:
         return weights_of(entry), path
     url = published_weights(config)
-    use = f"clipbench register {entry.name} --checkpoint FILE --replace"
+    use = register_command(entry)
     if url is None:
         raise UsageError(
             f"expert '{entry.name}' has no weights: mmdet publishes none for {entry.parsed.name}",

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from clipbench.data.intrinsics import assumed_intrinsics, label_intrinsics, resized_intrinsics
 from clipbench.data.pseudo_labels import DepthScale, PseudoLabel
 from clipbench.errors import CorruptFileError
-from clipbench.experts.base import AnyExpert, DerivedExpert, ExpertInfo, Picture, Size
+from clipbench.experts.base import AnyExpert, DerivedExpert, ExpertInfo, Picture, described
 from clipbench.registry.experts import NormalsFromDepthOptions
 from clipbench.registry.schema import ExpertEntry
 
@@ -57,18 +58,18 @@ class NormalsFromDepth(DerivedExpert):
             CorruptFileError: The sample's JSON has `intrinsics` that are none.
         """
         depth = labels[self.members[0]]
-        known = picture.facts.get("intrinsics")
-        if known is None:
-            intrinsics = assumed_intrinsics(picture.size, self.options.fov)
-            size = picture.size
-        else:
-            intrinsics = _checked(known, picture.key)
-            size = _described_size(picture)
+        try:
+            intrinsics = label_intrinsics(picture.facts, picture.stored_size, depth.size)
+        except ValueError as error:
+            raise CorruptFileError(f"{picture.key}: {error}") from error
+        if intrinsics is None:
+            assumed = assumed_intrinsics(picture.stored_size, self.options.fov)
+            intrinsics = resized_intrinsics(assumed, picture.stored_size, depth.size)
         inverse = depth.values.astype(np.float64)
         inverse[~depth.valid] = np.nan
         if self.scale == "relative":
             inverse = with_depth_range(inverse, self.options.far_over_near)
-        normals, valid = normals_of(inverse, resized_intrinsics(intrinsics, size, depth.size), self.options.max_step)
+        normals, valid = normals_of(inverse, intrinsics, self.options.max_step)
         return PseudoLabel(task="normals", values=normals, valid=valid)
 
 
@@ -153,48 +154,6 @@ def with_depth_range(inverse: Array, far_over_near: float) -> Array:
     return inverse - far + (near - far) / (far_over_near - 1)
 
 
-def assumed_intrinsics(size: Size, fov: float) -> Array:
-    """K of a camera with square pixels that looks through the middle of its image.
-
-    Args:
-        size: (height, width).
-        fov: Field of view along the longer side, degrees.
-    """
-    height, width = size
-    f = max(size) / 2 / np.tan(np.radians(fov) / 2)
-    return np.array([[f, 0, (width - 1) / 2], [0, f, (height - 1) / 2], [0, 0, 1.0]])
-
-
-def resized_intrinsics(intrinsics: Array, size: Size, to: Size) -> Array:
-    """K of an image after it was resized; (0, 0) is the middle of the top left pixel before and after."""
-    y, x = to[0] / size[0], to[1] / size[1]
-    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1.0]]) @ intrinsics
-
-
-def _checked(intrinsics: Any, key: str) -> Array:
-    try:
-        matrix = np.asarray(intrinsics, np.float64)
-    except (TypeError, ValueError):
-        matrix = np.zeros(0)
-    ok = matrix.shape == (3, 3) and np.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0
-    if not ok or not np.array_equal(matrix[2], [0, 0, 1]) or matrix[1, 0] != 0:
-        raise CorruptFileError(
-            f"{key}: 'intrinsics' must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in pixels, got {intrinsics!r}"
-        )
-    return matrix
-
-
-def _described_size(picture: Picture) -> Size:
-    """Size of the image that the JSON speaks of: as stored, where the image at hand was reduced while decoding."""
-    height, width = picture.facts.get("height"), picture.facts.get("width")
-    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-        scale = max(picture.size) / max(height, width)
-        # img2dataset's numbers are those of the stored file; others' may be those of the original on the web.
-        if abs(height * scale - picture.size[0]) <= 1 and abs(width * scale - picture.size[1]) <= 1:
-            return height, width
-    return picture.size
-
-
 def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> NormalsFromDepth:
     """The expert of an entry; `members` holds its depth expert."""
     (name,) = entry.parsed.members
@@ -206,7 +165,7 @@ def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> NormalsFromDe
         source=entry.source,
         weights="none",
         weights_sha256=hashlib.sha256(depth.weights_sha256.encode()).hexdigest(),
-        options=options.model_dump(),
+        options={**options.model_dump(), "members": described([depth])},
         license=entry.license or depth.license,
     )
     return NormalsFromDepth(info, name, depth.scale or "relative", options)

@@ -35,9 +35,9 @@ class _Renderings:
         self._lock = threading.Lock()
         self._samples: OrderedDict[tuple[Any, ...], tuple[threading.Lock, list[Sample]]] = OrderedDict()
 
-    def get(self, facts: Mapping[str, Any]) -> Sample:
+    def get(self, facts: Mapping[str, Any], size: int) -> Sample:
         """See `exact`, whose errors come through and are not kept."""
-        key = tuple(sorted((name, str(value)) for name, value in facts.items()))
+        key = (size, *sorted((name, str(value)) for name, value in facts.items()))
         with self._lock:
             one, made = self._samples.setdefault(key, (threading.Lock(), []))
             self._samples.move_to_end(key)
@@ -45,7 +45,7 @@ class _Renderings:
                 self._samples.popitem(last=False)
         with one:
             if not made:
-                made.append(exact(facts))
+                made.append(exact(facts, size))
             return made[0]
 
 
@@ -58,8 +58,9 @@ class OracleExpert(Expert):
     def prepare(self, picture: Picture) -> Tensor:
         """The label itself (C, h, w) at the label's size, float32: class ids, inverse depth in 1/m, or normals.
 
-        Every value is that of the ray through the middle of the nearest pixel of the full image. Interpolating would
-        mix what lies before and behind an edge.
+        The scene is rendered at the label's size: every value is that of the ray through the middle of its pixel.
+        Interpolating a larger label would mix what lies before and behind an edge, and taking its nearest pixels would
+        bend surfaces.
         """
         facts = picture.facts.get(FACTS_KEY)
         if not isinstance(facts, Mapping):
@@ -68,8 +69,7 @@ class OracleExpert(Expert):
                 "toyworld's shards, and of nothing else",
                 "Make some with `clipbench data toyworld DIR` (they are DIR/cc3m/*.tar), or ask another expert.",
             )
-        sample = _renderings.get(facts)
-        size = len(sample.image)
+        size = facts.get("size")
         if picture.size != (size, size):
             height, width = picture.size
             raise ClipbenchError(
@@ -77,14 +77,14 @@ class OracleExpert(Expert):
                 "resized or cropped after it was rendered",
                 "Label the shards as toyworld wrote them; --size makes labels smaller than images.",
             )
+        sample = _renderings.get(facts, picture.label_size[0])
         if self.info.task == "segmentation":
             values = sample.semantic[None].astype(np.float32) - 1
         elif self.info.task == "depth":
             values = np.reciprocal(sample.depth)[None]
         else:
             values = sample.normals.transpose(2, 0, 1)
-        rows, columns = (_nearest(length, size) for length in picture.label_size)
-        return torch.from_numpy(np.ascontiguousarray(values[:, rows][:, :, columns], np.float32))
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs
@@ -99,11 +99,6 @@ class OracleExpert(Expert):
                 values = output[0] if task == "depth" else np.ascontiguousarray(output.transpose(1, 2, 0))
             labels.append(PseudoLabel(task, values, np.ones(output.shape[1:], np.bool_)))
         return labels
-
-
-def _nearest(length: int, size: int) -> np.ndarray:
-    """Which of `size` pixels has its middle nearest to those of `length` pixels over the same extent."""
-    return ((np.arange(length) + 0.5) * size / length).astype(np.int64)
 
 
 def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> Expert:  # noqa: ARG001

@@ -210,7 +210,9 @@ def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> Expert | Deri
         return made
     made.eval()
     expert = ModuleExpert(_declared(entry, made), made)
-    expert.info = dataclasses.replace(expert.info, confidence=_trial(expert))
+    # What decides the labels beside the weights, as far as it is declared.
+    options = {**expert.info.options, "size": expert.size, "multiple": expert.multiple}
+    expert.info = dataclasses.replace(expert.info, confidence=_trial(expert), options=options)
     return expert
 
 

@@ -25,7 +25,7 @@ from clipbench.experts.instances import (
     sides,
     weights_of,
 )
-from clipbench.experts.weights import load_weights, weights_file
+from clipbench.experts.weights import load_weights, register_command, weights_file
 from clipbench.registry import ExpertEntry
 from clipbench.registry.experts import InstanceOptions
 
@@ -121,12 +121,13 @@ def build(entry: ExpertEntry, members: Mapping[str, AnyExpert]) -> TorchvisionIn
         load_weights(network, path)
     elif source.tag is not None:
         weights = f"pretrained {source}"
-        instead = f"Or name a file that is already here: clipbench register {entry.name} --checkpoint FILE --replace"
+        instead = f"Or name a file that is already here: {register_command(entry)}"
         load_weights(network, fetched(published[source.tag].url, f"the weights of {source}", entry.get or instead))
-        if source.name == "maskrcnn_resnet50_fpn":
-            _drop_epsilon(network.backbone)
     else:
         weights = "random"
+    # As torchvision does for these weights, wherever their file lies.
+    if source.tag == "COCO_V1" and source.name == "maskrcnn_resnet50_fpn":
+        _drop_epsilon(network.backbone)
 
     # All COCO weights of torchvision share them; the builders have no names of their own.
     categories = published.DEFAULT.meta["categories"]

@@ -6,6 +6,7 @@ numbers still draws plausible pictures, and nobody would see it in a million lab
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -44,12 +45,17 @@ def weights_file(entry: ExpertEntry) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     what = f"the weights of expert '{entry.name}'"
-    command = (
-        f"clipbench register {entry.name} --expert {entry.task} --source {entry.source} --checkpoint FILE --replace"
-    )
-    instead = f"Or name a file that is already here: {command}"
-    with hub_access(what, entry.hub.repo, entry.hub.file, entry.get or instead):
+    instead = f"Or name a file that is already here: {register_command(entry)}"
+    with hub_access(what, entry.hub.repo, entry.hub.file, entry.get or instead, alone=True):
         return Path(hf_hub_download(entry.hub.repo, entry.hub.file, revision=entry.hub.revision))
+
+
+def register_command(entry: ExpertEntry) -> str:
+    """The command that gives an entry a file of weights, and leaves it otherwise as it is."""
+    words = ["clipbench", "register", entry.name, "--expert", entry.task, "--source", entry.source]
+    for name, value in entry.options.items():
+        words += ["--option", f"{name}={value}"]
+    return " ".join([*map(shlex.quote, words), "--checkpoint FILE --replace"])
 
 
 def weights_name(entry: ExpertEntry, otherwise: str) -> str:

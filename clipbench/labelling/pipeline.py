@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipbench.data.image_text import Fault, ImageTextSample, decode_image
+from clipbench.data.image_text import Fault, ImageTextSample, decode_image, stored_size
 from clipbench.data.labelled import FACTS, Manifest, confidence_extension, label_extension
 from clipbench.data.pseudo_labels import LabelFormat, PseudoLabel, encode_label
 from clipbench.errors import ClipbenchError, CorruptFileError
 from clipbench.experts.base import AnyExpert, DerivedExpert, Expert, Picture, Size, batches
 
 # Samples that are batched together and after which an interrupted run goes on. Large enough that images of one shape
-# fill a batch, small enough that their inputs fit into memory.
+# fill a batch, small enough that their inputs fit into memory: at most so many samples, and so many pixels (192 MB).
 WINDOW = 128
+WINDOW_PIXELS = 64_000_000
 # Larger images are reduced when they are decoded: no expert looks at more (1333 is COCO's longest side).
 LONGEST_SIDE = 1333
 # Smaller ones are refused: less than a patch of most networks.
@@ -62,7 +63,6 @@ class _Prepared:
 
     sample: ImageTextSample
     picture: Picture
-    size: Size  # (height, width) as decoded
     facts: dict[str, Any]
     inputs: dict[str, Tensor]
     labels: dict[str, PseudoLabel] = field(default_factory=dict)
@@ -138,11 +138,18 @@ class Labeller:
             yield [future.result() for future in encoding.popleft()]
 
     def _next_window(self, source: Iterator[ImageTextSample | Fault]) -> list[Future[_Prepared | Fault]]:
-        return [self._pool.submit(self._prepare, found) for found in islice(source, WINDOW)]
+        window, pixels = [], 0
+        for found in islice(source, WINDOW):
+            size = None if isinstance(found, Fault) else stored_size(found.image)
+            window.append(self._pool.submit(self._prepare, found, size))
+            pixels += decoded_pixels(size)
+            if pixels >= WINDOW_PIXELS:
+                break
+        return window
 
     # -- before the networks
 
-    def _prepare(self, found: ImageTextSample | Fault) -> _Prepared | Fault:
+    def _prepare(self, found: ImageTextSample | Fault, stored: Size | None) -> _Prepared | Fault:
         if isinstance(found, Fault):
             return found
         if found.caption is None and self._settings.captions == "required":
@@ -155,12 +162,14 @@ class Labeller:
             pixels = decode_image(found.image, f"{found.key}.{found.image_extension}", LONGEST_SIDE)
         except CorruptFileError as error:
             return Fault(found.key, "unreadable-image", str(error).partition(": ")[2] or str(error))
-        height, width = pixels.shape[:2]
-        if min(height, width) < SHORTEST_SIDE:
-            why = f"{width}×{height} pixels; the shorter side must have {SHORTEST_SIDE} at least"
+        size = (pixels.shape[0], pixels.shape[1])
+        stored = stored or size
+        if min(size) < SHORTEST_SIDE:
+            reduced = f", {size[1]}×{size[0]} as the experts see it" if stored != size else ""
+            why = f"{stored[1]}×{stored[0]} pixels{reduced}; the shorter side must have {SHORTEST_SIDE} at least"
             return Fault(found.key, "too-small", why)
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        picture = Picture(image, label_size((height, width), self._settings.size), facts, found.key)
+        picture = Picture(image, label_size(size, self._settings.size), facts, found.key, stored)
         inputs = {}
         try:
             with torch.inference_mode():
@@ -169,7 +178,7 @@ class Labeller:
                         inputs[expert.info.name] = expert.prepare(picture)
         except CorruptFileError as error:
             return Fault(found.key, "bad-json", str(error))
-        return _Prepared(found, picture, (height, width), facts, inputs)
+        return _Prepared(found, picture, facts, inputs)
 
     # -- the networks
 
@@ -192,6 +201,8 @@ class Labeller:
                     finishing.popleft().result()
         for future in finishing:
             future.result()
+        for one in window:  # nobody looks at pixels any more; their memory is for the next window
+            one.picture = replace(one.picture, image=one.picture.image.to("meta"))
 
     @staticmethod
     @torch.inference_mode()
@@ -220,6 +231,11 @@ class Labeller:
         members = [(sample.image_extension, sample.image)]
         if sample.text is not None:
             members.append(("txt", sample.text))
+        own = {extension(name) for name in self._formats for extension in (label_extension, confidence_extension)}
+        taken = sorted({extension for extension, _ in sample.others} & own)
+        if taken:
+            why = f"its member .{taken[0]} has the name of a label: label the original shards, or rename the expert"
+            return Fault(sample.key, "name-taken", why)
         facts: dict[str, Any] = {}
         files: list[tuple[str, bytes]] = []
         pixels, ignored = {}, {}
@@ -240,7 +256,8 @@ class Labeller:
                 files.append((confidence_extension(name), encoded.confidence))
             pixels[name] = label.valid.size
             ignored[name] = label.valid.size - int(np.count_nonzero(label.valid))
-        ours = {"image": {"width": one.size[1], "height": one.size[0]}, "labels": facts}
+        height, width = one.picture.stored_size
+        ours = {"image": {"width": width, "height": height}, "labels": facts}
         written = json.dumps({**one.facts, FACTS: ours}, ensure_ascii=False)
         members += [("json", written.encode("utf-8", "surrogatepass")), *sample.others, *files]
         return Labelled(sample.key, tuple(members), pixels, ignored)
@@ -248,6 +265,14 @@ class Labeller:
 
 def _keys(chosen: Sequence[_Prepared]) -> str:
     return ", ".join(one.sample.key for one in chosen[:3])
+
+
+def decoded_pixels(stored: Size | None) -> int:
+    """How many pixels an image has once it is decoded (`LONGEST_SIDE`)."""
+    if stored is None:
+        return 0
+    scale = min(1.0, LONGEST_SIDE / max(max(stored), 1))
+    return round(stored[0] * scale * stored[1] * scale)
 
 
 def label_size(image: Size, shorter: int | None) -> Size:

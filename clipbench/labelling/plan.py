@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 CAPTIONS = ("required", "optional")
-MIN_SIZE, MAX_SIZE = 16, 4096
+MIN_SIZE, MAX_SIZE = 16, 1333  # no image is larger once it is decoded
 ORACLE = "oracle"  # stands for all exact labels
 
 
@@ -44,7 +44,7 @@ class LabelRequest:
         inputs: Patterns of shards, see `clipbench.data.image_text.expand_shards`.
         output: Folder to make or to go on with.
         size: Shorter side of the labels, pixels, at most; 0 for the image's own.
-        batch_size: Images of equal shape that go through a network at once. Does not change what is labelled.
+        batch_size: Images of equal shape that go through a network at once. Changes values by rounding alone.
         precision: fp32, bf16 or fp16.
         min_confidence: By expert; pixels below it become ignore.
         keep_confidence: Write the confidence maps.
@@ -215,7 +215,7 @@ def check_folder(output: Path, wanted: Manifest) -> Manifest | None:
     if here is None:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is a file", "Name a folder to make: --output DIR")
-        if output.is_dir() and any(output.iterdir()):
+        if output.is_dir() and any(path.name != WORK for path in output.iterdir()):  # a command died at its start
             raise UsageError(
                 f"{output} is not empty and is not a labelled folder (it has no {MANIFEST})",
                 "Name another folder; this one is left alone.",

@@ -7,7 +7,6 @@ folder, or a job more on a cluster, only helps.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipbench.data.image_text import shards_in
 from clipbench.data.labelled import MANIFEST, WORK, Manifest, Totals, read_stats, stats_file
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.files import explain_os_error, write_atomic
@@ -31,6 +31,7 @@ from clipbench.jobs import (
     stop,
     submit_undisturbed,
 )
+from clipbench.labelling.locks import lock, tidy
 from clipbench.labelling.plan import LabelPlan, LabelRequest, ShardTask, check_folder, claim, make_plan, manifest_of
 from clipbench.registry import load_registry
 
@@ -66,7 +67,7 @@ class LabelResult:
         before: How many of them were finished before.
         elsewhere: Names of those that another command is at.
         samples: Looked at by this command.
-        seconds: From the first image to the last shard.
+        seconds: From opening the first shard to the end of the last one; loading experts is not in it.
         failures: (shard, key, kind, why) of the first samples that were left out, over all shards of the folder.
     """
 
@@ -125,7 +126,10 @@ def label(
     if launcher == "none":
         from clipbench.devices import pick_device
 
-        pick_device(request.device)  # a device that is not there is said before anything is loaded or made
+        # What is not there is said before anything is loaded or made.
+        _check_precision(request, pick_device(request.device).type)
+    else:
+        make_executor(request.output / WORK / "jobs", launcher != "slurm", {}, cluster or {})  # whether it can be had
     plan, experts, manifest = prepare(request)
     screen.note(_about(plan))
     for name in plan.names:
@@ -133,11 +137,10 @@ def label(
             screen.warn(f"expert {name} has RANDOM weights: its labels mean nothing")
     result = LabelResult(request.output, manifest, plan.names, len(plan.shards), len(plan.finished))
     todo = plan.todo
-    started = time.perf_counter()
     if todo:
+        board = _Board(todo, len(plan.finished), len(plan.shards))
         try:
-            with screen.progress("labelling", None, "image") as advance:
-                board = _Board(todo, len(plan.finished), len(plan.shards), advance)
+            with screen.progress("labelling", None, "image", board.before) as board.advance:
                 if launcher != "none":
                     experts.clear()  # the jobs load their own
                     _as_jobs(plan, board, screen, launcher == "slurm", jobs, cluster or {})
@@ -149,7 +152,7 @@ def label(
         except KeyboardInterrupt:
             raise LabellingStoppedError(f"stopped; what is finished is in {request.output}", _AGAIN) from None
         result.samples = board.looked_at
-    result.seconds = time.perf_counter() - started
+        result.seconds = time.perf_counter() - (board.started or time.perf_counter())
     result.elsewhere = [shard.target.name for shard in todo if not shard.target.exists()]
     result.manifest = _complete(plan, manifest)
     result.failures = _failures(plan.request.output)
@@ -168,11 +171,16 @@ def prepare(request: LabelRequest) -> tuple[LabelPlan, list[AnyExpert], Manifest
     plan = make_plan(request, registry)
     experts = load_experts(plan.names, registry)
     manifest = manifest_of(request, plan.names, experts)
-    here = check_folder(request.output, manifest)
+    check_folder(request.output, manifest)
     claim(request.output)
-    if here is None:
-        _write_manifest(request.output, manifest)
-    return plan, experts, here or manifest
+    # Of two commands that start at once, one writes the manifest, and the other compares itself with it.
+    with lock(request.output / WORK / "folder.lock", wait=True):
+        here = check_folder(request.output, manifest)
+        manifest = here or manifest
+        if here is None or (here.complete and plan.todo):
+            manifest = manifest.model_copy(update={"complete": False})
+            _write_manifest(request.output, manifest)
+    return replace(plan, names=tuple(manifest.experts)), experts, manifest
 
 
 def work(
@@ -192,6 +200,7 @@ def work(
     request = plan.request
     os.environ["LOCAL_RANK"] = str(share.local)
     device = pick_device(request.device)
+    _check_precision(request, device.type)
     # The same labels again after an interruption: no choice of kernels by their speed of the moment.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -224,6 +233,11 @@ def work(
                 time.sleep(_WATCH)
 
 
+def _check_precision(request: LabelRequest, device: str) -> None:
+    if request.precision == "fp16" and device == "cpu":
+        raise UsageError("--precision fp16 is far slower than fp32 on a CPU", "Take fp32, or bf16.")
+
+
 def _explain(error: OSError, shard: ShardTask) -> ClipbenchError:
     if error.filename is not None and Path(os.fsdecode(error.filename)) == shard.source:
         return ClipbenchError(f"cannot read {shard.shown}: {error.strerror}", _AGAIN)
@@ -236,17 +250,21 @@ def _explain(error: OSError, shard: ShardTask) -> ClipbenchError:
 class _Board:
     """Adds up the progress of shards; the number of images in all is estimated from the bytes read."""
 
-    def __init__(self, todo: Sequence[ShardTask], finished: int, shards: int, advance: Advance) -> None:
+    def __init__(self, todo: Sequence[ShardTask], finished: int, shards: int) -> None:
         from clipbench.labelling.shard import progress_of
 
         self._bytes = {shard.target.name: shard.bytes for shard in todo}
         self._total = sum(self._bytes.values())
-        self._finished, self._shards, self._advance = finished, shards, advance
-        self._seen = {shard.target.name: progress_of(shard) for shard in todo}  # what earlier commands left
+        self._finished, self._shards = finished, shards
+        self._seen = {shard.target.name: progress_of(shard) for shard in todo}
+        self.before = sum(samples for samples, _ in self._seen.values())  # what earlier commands left
         self.looked_at = 0  # by this command
+        self.started: float | None = None  # when the first shard was opened: what loads before that is no labelling
+        self.advance: Advance = lambda count, text="", total=None: None
 
     def update(self, shard: str, looked_at: int, consumed: int) -> None:
         """One shard stands here now."""
+        self.started = self.started or time.perf_counter()
         more = max(0, looked_at - self._seen[shard][0])
         self._seen[shard] = looked_at, consumed
         self.looked_at += more
@@ -254,12 +272,16 @@ class _Board:
         total = round(samples * self._total / read) if read and samples else None
         whole = sum(1 for name, (_, at) in self._seen.items() if at >= 0.99 * self._bytes[name])
         text = f"{self._finished + whole}/{self._shards} shards"
-        self._advance(more, text, max(total, samples) if total else None)
+        self.advance(more, text, max(total, samples) if total else None)
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
 
 
 def _about(plan: LabelPlan) -> str:
     size = sum(shard.bytes for shard in plan.shards) / 1e6
-    shown = f"{len(plan.shards)} shards, {size:,.0f} MB, {' + '.join(plan.names)}"
+    shown = f"{_shards(len(plan.shards))}, {size:,.0f} MB, {' + '.join(plan.names)}"
     return f"{shown}; {len(plan.finished)} finished before" if plan.finished else shown
 
 
@@ -436,7 +458,7 @@ def _complete(plan: LabelPlan, manifest: Manifest) -> Manifest:
     from clipbench.results.machine import environment
 
     output = plan.request.output
-    done = sorted(path for path in output.glob("*.tar") if stats_file(path).exists())
+    done = [path for path in shards_in(output) if stats_file(path).exists()]
     failures: dict[str, int] = {}
     pixels: dict[str, int] = {}
     ignored: dict[str, int] = {}
@@ -457,15 +479,13 @@ def _complete(plan: LabelPlan, manifest: Manifest) -> Manifest:
         ignored=ignored,
         bytes=sum(shard.stat().st_size for shard in done),
     )
-    complete = all(shard.target.exists() for shard in plan.shards)
+    # Another command may be at other shards of the folder.
+    complete = all(shard.target.exists() for shard in plan.shards) and not any((output / WORK).glob("*.tar"))
     known = environment().model_dump(mode="json", exclude_none=True)
     manifest = manifest.model_copy(update={"complete": complete, "totals": totals, "environment": known})
     _write_manifest(output, manifest)
     if complete:
-        for lock in (output / WORK).glob("*.lock"):
-            lock.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # logs of jobs, or shards of another command
-            (output / WORK).rmdir()
+        tidy(output / WORK)
     return manifest
 
 

@@ -7,11 +7,9 @@ interruption.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -20,6 +18,7 @@ from typing import Any, Literal
 from clipbench.data.image_text import Fault, ImageTextSample, ShardWriter, read_shard
 from clipbench.data.labelled import WORK, ShardStats, stats_file
 from clipbench.files import write_atomic
+from clipbench.labelling.locks import lock
 from clipbench.labelling.pipeline import Labelled, Labeller
 from clipbench.labelling.plan import ShardTask
 
@@ -34,7 +33,7 @@ class _Journal:
     """How far a shard is.
 
     Attributes:
-        input_bytes: Of its input; another size is another input.
+        input_bytes, input_time: Of its input: another size or time of change is another input.
         looked_at: Samples and faults read from the input.
         consumed: Bytes of them, about.
         offset: Bytes of the output that are good.
@@ -44,6 +43,7 @@ class _Journal:
     """
 
     input_bytes: int
+    input_time: int
     looked_at: int = 0
     consumed: int = 0
     offset: int = 0
@@ -87,12 +87,12 @@ def label_shard(task: ShardTask, labeller: Labeller, report: Report, assigned: b
     """
     work = task.target.parent / WORK
     partial, notes = work / task.target.name, work / f"{task.target.stem}.journal.json"
-    with _lock(work / f"{task.target.stem}.lock") as ours:
+    with lock(work / f"{task.target.stem}.lock") as ours:
         if ours is False or (ours is None and not assigned):
             return "busy"
         if task.target.exists() and stats_file(task.target).exists() and not _is_stale(task):
             return "finished before"
-        journal = _read_journal(notes, partial, task.bytes)
+        journal = _read_journal(notes, partial, task.bytes, task.source.stat().st_mtime_ns)
         report(journal.looked_at, journal.consumed)
         source = _Counted(read_shard(task.source, journal.looked_at))
         with ShardWriter(partial, journal.offset) as writer:
@@ -104,7 +104,7 @@ def label_shard(task: ShardTask, labeller: Labeller, report: Report, assigned: b
                 journal.add(window)
                 journal.consumed += source.take(len(window))
                 journal.offset = writer.sync()
-                write_atomic(notes, json.dumps(asdict(journal)).encode())
+                write_atomic(notes, json.dumps(asdict(journal)).encode(), durable=True)
                 report(journal.looked_at, journal.consumed)
             writer.finish()
         stats = ShardStats(
@@ -116,8 +116,9 @@ def label_shard(task: ShardTask, labeller: Labeller, report: Report, assigned: b
             pixels=journal.pixels,
             ignored=journal.ignored,
         )
-        # The shard's own name comes last: where it is, everything is.
-        write_atomic(stats_file(task.target), (stats.model_dump_json(indent=1) + "\n").encode())
+        # The shard's own name comes last: where it is, everything is. Of an older one (see `_is_stale`) nothing stays.
+        task.target.unlink(missing_ok=True)
+        write_atomic(stats_file(task.target), (stats.model_dump_json(indent=1) + "\n").encode(), durable=True)
         partial.replace(task.target)
         notes.unlink(missing_ok=True)
         report(journal.looked_at, task.bytes)
@@ -157,9 +158,9 @@ class _Counted:
         return sum(self._sizes.popleft() for _ in range(count))
 
 
-def _read_journal(file: Path, partial: Path, input_bytes: int) -> _Journal:
+def _read_journal(file: Path, partial: Path, input_bytes: int, input_time: int) -> _Journal:
     """What an earlier run left; a fresh start where it left nothing of use."""
-    fresh = _Journal(input_bytes)
+    fresh = _Journal(input_bytes, input_time)
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
         size = partial.stat().st_size
@@ -169,7 +170,8 @@ def _read_journal(file: Path, partial: Path, input_bytes: int) -> _Journal:
         journal = _Journal(**content)
     except TypeError:
         return fresh
-    if journal.version != _JOURNAL_VERSION or journal.input_bytes != input_bytes or size < journal.offset:
+    same = (journal.input_bytes, journal.input_time) == (input_bytes, input_time)
+    if journal.version != _JOURNAL_VERSION or not same or size < journal.offset:
         return fresh
     journal.failures = [(key, kind, why) for key, kind, why in journal.failures]
     return journal
@@ -178,21 +180,3 @@ def _read_journal(file: Path, partial: Path, input_bytes: int) -> _Journal:
 def _is_stale(task: ShardTask) -> bool:
     """The finished shard came from an input of another size (`plan` has allowed to label it again)."""
     return ShardStats.model_validate_json(stats_file(task.target).read_bytes()).input_bytes != task.bytes
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[bool | None]:
-    """Whether this process may work at a shard; None where the file system has no locks (some cluster mounts).
-
-    The kernel gives a lock back when its process dies, however it dies.
-    """
-    with file.open("ab") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            yield None
-            return
-        yield True

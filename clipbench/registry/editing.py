@@ -20,6 +20,7 @@ from clipbench.errors import ClipbenchError, UsageError
 from clipbench.paths import shipped
 from clipbench.registry.loading import FILE_NAME, RegistryError, check_text
 from clipbench.registry.schema import SECTIONS, VERSION, Entry
+from clipbench.registry.sources import expand_home
 
 _HEADER = f"""\
 # Names for clipbench; they win over those that ship with it (clipbench list backbones). Paths start from this folder.
@@ -70,6 +71,13 @@ def write_entry(path: Path, section: str, name: str, fields: Mapping[str, Any], 
         raise _by_hand(section, name, fields)
     _exchange(path, new)
     return after[section][name]
+
+
+def as_seen_from(registry_file: Path, path: Path) -> str:
+    """How to write a path into a registry file: relative if it lies below the file's folder, so that both can move."""
+    path = expand_home(path).resolve()
+    folder = registry_file.resolve().parent
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def spliced(text: str, section: str, name: str, fields: Mapping[str, Any]) -> str:

@@ -169,8 +169,8 @@ class NllAngMFOptions(Options):
 
     Attributes:
         height, width: Of its input; multiples of 32.
-        keep_aspect: The shorter side of the image becomes the shorter one of these, the longer one follows; else it is
-            squashed to both.
+        keep_aspect: The shorter side of the image becomes the shorter one of these, the longer one follows. False: both
+            sides are squashed to them, as the authors' own loader does.
     """
 
     height: Annotated[int, Field(ge=64, le=2048, multiple_of=32)] = 480
@@ -197,7 +197,8 @@ class ConsensusOptions(Options):
     """Several experts pooled.
 
     Attributes:
-        agreement: Segmentation: share of the members that must agree, else the pixel is ignored. 0.5: a majority.
+        agreement: Segmentation: more than this share of the members must agree, else the pixel is ignored. 0.5: a
+            majority; 1: all of them.
         max_error: Depth: largest relative spread of the members' aligned inverse depths; else ignored. None: no limit.
         max_angle: Normals: largest mean angle of the members to their mean, degrees; else ignored. None: no limit.
     """

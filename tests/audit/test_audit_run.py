@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from clipbench.audit import audit
 from clipbench.audit.run import spread_evenly
 from clipbench.data.pseudo_labels import PseudoLabel
+from clipbench.data.toyworld.facts import exact, facts_of
 from clipbench.errors import UsageError
 
 
@@ -45,14 +46,15 @@ def test_exact_labels_are_perfect_and_raise_no_warning(tmp_path, scenes):
     assert "Warnings: none" in text
 
 
-def test_truth_of_smaller_labels_is_that_of_the_nearest_pixel(tmp_path, scenes):
-    rows = ((np.arange(40) + 0.5) * 64 / 40).astype(int)
+def test_truth_of_smaller_labels_is_rendered_at_their_size(tmp_path, scenes):
+    """40 does not divide 64: the nearest pixels of the image would not lie at even distances."""
+    order = iter(scenes[:3])
 
     def smaller(found):
-        return {
-            name: PseudoLabel(label.task, label.values[rows][:, rows], label.valid[rows][:, rows])
-            for name, label in found.items()
-        }
+        scene = exact(facts_of(next(order)), 40)
+        values = {"seg": scene.semantic.astype(np.int32) - 1, "depth": 1 / scene.depth, "normals": scene.normals}
+        valid = np.ones((40, 40), bool)
+        return {name: PseudoLabel(label.task, values[name], valid) for name, label in found.items()}
 
     scores = audit(oracle_folder(tmp_path, scenes[:3], smaller), images=0).report["truth"]["scores"]
     assert scores[0]["mIoU"] == 100
@@ -86,7 +88,10 @@ def test_truth_of_smaller_labels_is_that_of_the_nearest_pixel(tmp_path, scenes):
             lambda found: {**found, "seg": replace(found["seg"], valid=np.zeros_like(found["seg"].valid))},
             {("low-coverage", "seg"), ("mostly-ignored", "seg")},
         ),
-        (lambda found: {name: label for name, label in found.items() if name != "depth"}, {("low-coverage", "depth")}),
+        (
+            lambda found: {name: label for name, label in found.items() if name != "depth"},
+            {("missing-labels", "depth")},
+        ),
     ],
     ids=["flip z", "flip y", "flip x", "depth", "flat", "one direction", "one class", "all ignored", "missing"],
 )

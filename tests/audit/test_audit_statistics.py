@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clipbench.audit.statistics import Histogram, correlation, known_intrinsics, statistics_for
+from clipbench.audit.statistics import Histogram, _known_intrinsics, correlation, statistics_for
 from clipbench.data.pseudo_labels import LabelFormat, PseudoLabel
 
 NAMES = ("background", "cat", "dog", "cow")
@@ -117,8 +117,16 @@ def test_intrinsics_follow_the_size_of_the_label():
         "intrinsics": [[100, 0, 31.5], [0, 80, 20.0], [0, 0, 1]],
         "clipbench": {"image": {"width": 64, "height": 48}},
     }
-    assert known_intrinsics(facts, (24, 32)) == (50, 40, 15.5, 9.75)
-    assert known_intrinsics({}, (24, 32)) is None
+    expected = [[50, 0, 15.5], [0, 40, 9.75], [0, 0, 1]]
+    np.testing.assert_allclose(_known_intrinsics(facts, (24, 32)), expected)
+    # The JSON may speak of the original, of which the stored image is a reduced copy.
+    original = {"clipbench": {"image": {"width": 32, "height": 24}}, "width": 320, "height": 240}
+    K = [[500, 0, 159.5], [0, 500, 119.5], [0, 0, 1]]
+    scaled = _known_intrinsics({**original, "intrinsics": K}, (24, 32))
+    np.testing.assert_allclose(scaled, [[50, 0, 15.5], [0, 50, 11.5], [0, 0, 1]])
+    for useless in (None, [1, 2, 3], "abc"):
+        assert _known_intrinsics({**facts, "intrinsics": useless}, (24, 32)) is None
+    assert _known_intrinsics({}, (24, 32)) is None
 
 
 def test_correlation_of_a_constant_is_zero():

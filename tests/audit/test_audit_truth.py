@@ -116,7 +116,7 @@ def test_nyuv2_counts_inside_the_eigen_crop(tmp_path):
     depth = np.full((480, 640), 2.0, np.float32)
     depth[:, 320:] = 4.0
     _nyuv2(tmp_path / "nyuv2", [depth])
-    truth = TruthReader(data_root=tmp_path / "nyuv2").of(_pointer("nyuv2", "test", "images/test/0.jpg"))
+    truth = TruthReader(data_root=tmp_path / "nyuv2").of(_pointer("nyuv2", "test", "images/test/0.jpg"), (8, 8))
     valid = truth.labels["depth"].valid
     assert valid.sum() == (471 - 45) * (601 - 41)
     assert valid[45, 41]
@@ -128,11 +128,11 @@ def test_nyuv2_counts_inside_the_eigen_crop(tmp_path):
 def test_truth_that_cannot_be_had_is_said_once_with_how_often(tmp_path, scenes):
     reader = TruthReader(data_root=tmp_path)
     facts = {"toyworld": {"version": -1, "seed": 1, "index": 0, "size": 64, "style": "home"}}
-    assert reader.of(facts) is reader.of(facts) is None
-    assert reader.of(_pointer("imagenet", "val", "x.jpg")) is None
-    assert reader.of(_pointer("no-such-set", "val", "x.jpg")) is None
-    assert reader.of(_pointer("ade20k", "val", "x.jpg")) is None
-    assert reader.of({}) is None
+    assert reader.of(facts, (8, 8)) is reader.of(facts, (8, 8)) is None
+    assert reader.of(_pointer("imagenet", "val", "x.jpg"), (8, 8)) is None
+    assert reader.of(_pointer("no-such-set", "val", "x.jpg"), (8, 8)) is None
+    assert reader.of(_pointer("ade20k", "val", "x.jpg"), (8, 8)) is None
+    assert reader.of({}, (8, 8)) is None
     assert sorted(reader.problems.values()) == [1, 1, 1, 2]
     assert any("generator version" in why for why in reader.problems)
     assert any("no-such-set" in why for why in reader.problems)

@@ -199,5 +199,6 @@ def test_declaration() -> None:
     assert expert.members == ("a", "b")
     assert expert.info.classes == ("floor", "wall", "ball")
     assert expert.info.confidence == "probability"
+    assert expert.info.options.pop("members").keys() == {"a", "b"}  # with what decides their labels
     assert expert.info.options == {"agreement": 0.7, "max_error": None, "max_angle": None}
     assert expert.info.weights_sha256 != consensus("segmentation", segmenters(3)).info.weights_sha256

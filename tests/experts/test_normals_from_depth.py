@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from clipbench.data.intrinsics import assumed_intrinsics, resized_intrinsics
 from clipbench.data.pseudo_labels import PseudoLabel
 from clipbench.data.toyworld import make_scene, render
 from clipbench.errors import CorruptFileError
 from clipbench.experts.base import DerivedExpert, ExpertInfo, Picture
 from clipbench.experts.normals_from_depth import (
-    assumed_intrinsics,
     build,
     normals_of,
-    resized_intrinsics,
     with_depth_range,
 )
 from clipbench.registry import ExpertEntry
@@ -199,6 +198,7 @@ def test_intrinsics_that_are_none_are_a_fault_of_the_sample(wrong: object) -> No
 def test_declaration() -> None:
     info = expert("relative", fov=70).info
     assert (info.task, info.weights, info.confidence) == ("normals", "none", None)
+    assert info.options.pop("members").keys() == {"d"}  # with what decides its labels
     assert info.options == {"fov": 70.0, "far_over_near": 8.0, "max_step": 0.1}
     assert expert("relative").members == ("d",)
 

@@ -35,7 +35,7 @@ def renderings(monkeypatch):
     """Counts what is rendered, from an empty store."""
     made = []
     exact = oracle.exact
-    monkeypatch.setattr(oracle, "exact", lambda facts: made.append(facts["index"]) or exact(facts))
+    monkeypatch.setattr(oracle, "exact", lambda facts, size: made.append(facts["index"]) or exact(facts, size))
     monkeypatch.setattr(oracle, "_renderings", oracle._Renderings(2))
     return made
 

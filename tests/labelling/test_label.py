@@ -20,6 +20,8 @@ from clipbench.data.image_text import ShardWriter
 from clipbench.data.labelled import open_labelled
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.labelling import pipeline
+from clipbench.labelling import shard as one_shard
+from clipbench.labelling.locks import lock
 from clipbench.labelling.pipeline import label_size
 from clipbench.labelling.plan import LabelRequest
 from clipbench.labelling.run import label
@@ -110,9 +112,9 @@ def test_a_run_that_failed_goes_on_at_its_last_window(own_experts, shards, monke
 
 
 def _spy(function, calls):
-    def spied(self, found):
+    def spied(self, found, *more):
         calls.append(found.key)
-        return function(self, found)
+        return function(self, found, *more)
 
     return spied
 
@@ -214,7 +216,7 @@ def test_odd_images_are_labelled(own_experts):
     assert result.failures == []
     folder = open_labelled(Path("out"))
     by_key = {one.key: one for one in folder.samples(folder.shards[0])}
-    assert by_key["large"].facts["clipbench"]["image"] == {"width": 1333, "height": 1025}
+    assert by_key["large"].facts["clipbench"]["image"] == {"width": 5200, "height": 4000}
     assert by_key["large"].label("shade").size == (16, 21)
     red = np.asarray(cmyk_as_read(images["cmyk"]["jpg"]))[..., 0]
     rows, columns = np.arange(16) * 40 // 16, np.arange(24) * 60 // 24
@@ -251,6 +253,114 @@ def test_a_shard_cut_short_gives_what_is_whole_and_is_labelled_again_when_it_is_
     mended = run(inputs=str(path))
     assert mended.failures == []
     assert mended.manifest.totals.samples == 5
+
+
+def test_a_kill_while_a_mended_shard_takes_its_name_loses_nothing(own_experts, shards):
+    path = Path("shards/00002.tar")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    run(inputs=str(path))
+    path.write_bytes(whole)
+    with pytest.MonkeyPatch.context() as killed:
+        killed.setattr(one_shard, "write_atomic", _dies_after(one_shard.write_atomic, "_stats.json"))
+        with pytest.raises(SystemError):
+            run(inputs=str(path))
+    assert not Path("out/00002.tar").exists()  # or the old one would count as finished
+    assert run(inputs=str(path)).manifest.totals.samples == 5
+    run(inputs=str(path), output="whole")
+    assert tars("out") == tars("whole")
+
+
+def _dies_after(function, ending):
+    def dies(file, *arguments, **more):
+        function(file, *arguments, **more)
+        if file.name.endswith(ending):
+            raise SystemError("killed")  # nothing that the engine expects
+
+    return dies
+
+
+def test_locks_of_others_are_left_alone(own_experts, shards):
+    work = Path("out/.work")
+    run(inputs="shards/00002.tar")
+    work.mkdir()
+    with lock(work / "00001.lock") as ours:
+        assert ours
+        assert run(inputs="shards/00000.tar").manifest.complete
+        assert (work / "00001.lock").exists()
+    run(inputs=shards)
+    assert not work.exists()
+
+
+def test_a_lock_that_was_tidied_away_is_taken_anew():
+    file = Path("a.lock")
+    with lock(file) as ours:
+        assert ours
+        with lock(file) as again:
+            assert again is False
+    file.unlink()
+    with lock(file) as ours:
+        assert ours
+        assert file.exists()
+
+
+def test_a_command_that_died_before_its_manifest_goes_on(own_experts, shards):
+    Path("out/.work").mkdir(parents=True)
+    assert run(inputs="shards/00002.tar").manifest.complete
+
+
+def test_a_manifest_is_not_complete_while_shards_are_missing(own_experts, shards):
+    run(inputs="shards/00002.tar")
+    assert open_labelled(Path("out")).manifest.complete
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(pipeline.Labeller, "run", _fails)
+        with pytest.raises(ClipbenchError):
+            run(inputs=shards)
+    assert not open_labelled(Path("out")).manifest.complete
+
+
+def _fails(*_):
+    raise ClipbenchError("stopped here")
+
+
+def test_members_and_their_options_are_settings(own_experts, shards):
+    """The folder of a consensus knows what it was made from, though its members are not asked for."""
+    text = Path("registry.yaml").read_text()
+    more = "  both: {task: depth, source: 'consensus:shade,stuck'}\n"
+    Path("registry.yaml").write_text(text + more)
+    manifest = run("both", "shards/00002.tar").manifest
+    assert set(manifest.experts) == {"both"}
+    assert set(manifest.experts["both"].options["members"]) == {"shade", "stuck"}
+    Path("registry.yaml").write_text(text.replace("own_experts:Stuck", "own_experts:Shade") + more)
+    with pytest.raises(UsageError, match="both, options"):
+        run("both", shards)
+
+
+def test_a_member_with_the_name_of_a_label_is_refused(own_experts):
+    write_shard(Path("shards/0.tar"), {"a": {**sample(0), "shade.png": b"older"}, "b": sample(1)})
+    result = run()
+    [(_, key, kind, why)] = result.failures
+    assert (key, kind) == ("a", "name-taken")
+    assert ".shade.png" in why
+    folder = open_labelled(Path("out"))
+    assert [one.key for one in folder.samples(folder.shards[0])] == ["b"]
+
+
+def test_windows_hold_so_many_pixels_at_most(own_experts, monkeypatch):
+    monkeypatch.setattr(pipeline, "WINDOW_PIXELS", 10 * 24 * 32)
+    write_shard(Path("shards/0.tar"), {f"{i:02d}": sample(i) for i in range(25)})
+    sizes = []
+    look = pipeline.Labeller._look
+    monkeypatch.setattr(
+        pipeline.Labeller, "_look", lambda self, window: (sizes.append(len(window)), look(self, window))
+    )
+    run()
+    assert sizes == [10, 10, 5]
+
+
+def test_half_precision_on_a_cpu_is_refused(own_experts, shards):
+    with pytest.raises(UsageError, match="fp16 is far slower"):
+        run(precision="fp16")
 
 
 def test_confidence_turns_pixels_into_ignore(own_experts, shards):
@@ -342,6 +452,15 @@ def test_an_expert_that_fails_is_named(own_experts, shards, nproc):
 def test_globs_name_experts(own_experts, shards):
     result = run("sh*,colour", "shards/00002.tar")
     assert result.names == ("shade", "colour")
+
+
+def test_from_python(own_experts, shards):
+    import clipbench
+
+    result = clipbench.label(["shade", "colour"], [Path("shards/00002.tar")], "out", size=16, device="cpu")
+    assert result.manifest.totals.samples == 5
+    run(inputs="shards/00002.tar", output="typed")
+    assert tars("out") == tars("typed")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_run_says_what_it_did(run, small):
     assert "1 sample was left out (1 no-caption)" in out
     assert "0.tar, b: no-caption" in out
     assert "clipbench audit out" in out
-    assert "1 shards" in err
+    assert "1 shard," in err
     status, out, _ = run(*COMMAND)
     assert status == 0
     assert "out is complete" in out

@@ -27,11 +27,13 @@ def facts_of(sample: Sample) -> dict[str, Any]:
     }
 
 
-def exact(facts: Mapping[str, Any]) -> Sample:
+def exact(facts: Mapping[str, Any], size: int | None = None) -> Sample:
     """Renders what a sample of toyworld's shards shows, with all its labels.
 
     Args:
         facts: The sample's JSON, or what stands in it under "toyworld".
+        size: Side of the rendering, pixels: through the middles of these pixels go the rays that decide its labels.
+            None: the sample's own.
 
     Returns:
         The sample that the shard was written from; its image is that from before JPEG.
@@ -52,7 +54,7 @@ def exact(facts: Mapping[str, Any]) -> Sample:
             f"{GENERATOR_VERSION}: it would show other things",
             "Make the shards anew: clipbench data toyworld DIR",
         )
-    seed, index, size, style = (own[key] for key in wanted)
-    if seed < 0 or index < 0 or not MIN_SIZE <= size <= MAX_SIZE or style not in STYLES:
-        raise UsageError(f"no sample of toyworld has seed {seed}, index {index}, size {size} and style '{style}'")
-    return render(make_scene(seed, index, style), size)
+    seed, index, side, style = (own[key] for key in wanted)
+    if seed < 0 or index < 0 or not MIN_SIZE <= side <= MAX_SIZE or style not in STYLES:
+        raise UsageError(f"no sample of toyworld has seed {seed}, index {index}, size {side} and style '{style}'")
+    return render(make_scene(seed, index, style), size or side)
