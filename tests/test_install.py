@@ -70,7 +70,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def shipped_sources() -> dict[str, Path]:
     """What must lie in `clipbench/_shipped/`, by its name there."""
-    files = [ROOT / "registry.yaml", *(ROOT / "probes").rglob("*.py")]
+    files = [ROOT / "registry.yaml", *(ROOT / "probes").rglob("*.py"), *(ROOT / "train").rglob("*.*")]
     return {str(f.relative_to(ROOT)): f for f in files if "__pycache__" not in f.parts}
 
 
@@ -83,6 +83,7 @@ def test_wheel_holds_the_package_and_what_ships_and_nothing_else(wheel):
     assert all(name.startswith("clipbench/") or ".dist-info/" in name for name in names)
     assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
     assert {Path(name).suffix for name in names if name.startswith("clipbench/")} <= {
+        ".json",  # the architecture of train/toy_vit
         ".py",
         ".yaml",
         ".sh",

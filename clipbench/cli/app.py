@@ -20,6 +20,7 @@ from clipbench.cli.list_ import list_
 from clipbench.cli.probe import probe
 from clipbench.cli.register import register
 from clipbench.cli.show import show
+from clipbench.cli.train import train
 from clipbench.errors import ClipbenchError
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ app.command("probe")(probe)
 app.command("evaluate")(evaluate)
 app.command("label")(label)
 app.command("audit")(audit)
+app.command("train")(train)
 app.command("demo")(demo)
 app.command("list")(list_)
 app.command("show")(show)

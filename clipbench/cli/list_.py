@@ -20,7 +20,11 @@ Row = dict[str, Any]
 
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="What to list: backbones, datasets, tasks, heads, experts or suites.", metavar="KIND")
+        str,
+        typer.Argument(
+            help="What to list: backbones, datasets, tasks, heads, experts, recipes (of training) or suites.",
+            metavar="KIND",
+        ),
     ],
     glob: Annotated[
         str | None,
@@ -33,7 +37,7 @@ def list_(
     registry: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List backbones, datasets, tasks, heads, experts or suites."""
+    """List backbones, datasets, tasks, heads, experts, recipes (of training) or suites."""
     if kind not in _KINDS:
         raise UnknownNameError("kind of thing to list", kind, _KINDS)
     if kind == "backbones" and glob and ":" in glob:
@@ -103,6 +107,12 @@ def _experts(registry: Registry) -> list[Row]:
     return [entry.record() for entry in registry.experts.values()]
 
 
+def _recipes(_: Registry) -> list[Row]:
+    from clipbench.training.recipes import catalogue
+
+    return [{"name": info.name, "description": info.summary, "path": str(info.path)} for info in catalogue()]
+
+
 def _suites(registry: Registry) -> list[Row]:
     return [entry.record() for entry in registry.suites.values()]
 
@@ -113,6 +123,7 @@ _KINDS: dict[str, Callable[[Registry], list[Row]]] = {
     "tasks": _tasks,
     "heads": _heads,
     "experts": _experts,
+    "recipes": _recipes,
     "suites": _suites,
 }
 # Key of a row → heading. The first column is the name.
@@ -140,6 +151,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "license": "licence",
         "description": "description",
     },
+    "recipes": {"name": "name", "description": "description"},
     "suites": {"name": "name", "tasks": "tasks", "description": "description"},
 }
 _LIBRARY_COLUMNS = {"name": "source", "tags": "published weights (append one to the source)"}

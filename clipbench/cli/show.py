@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 
-_LISTS = "clipbench list backbones | datasets | tasks | experts | suites"
+_LISTS = "clipbench list backbones | datasets | tasks | experts | recipes | suites"
 
 
 def show(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A backbone (alias or source), data set, task, expert or suite. See `clipbench list`."
+            metavar="NAME",
+            help="A backbone (alias or source), data set, task, expert, training recipe or suite: `clipbench list`.",
         ),
     ],
     registry: RegistryOption = None,
@@ -54,6 +55,7 @@ def _look_up(name: str, registry_file: Any) -> dict[str, Facts]:
     """
     from clipbench.probing.recipes import catalogue, find_recipe, task_names
     from clipbench.registry import load_registry
+    from clipbench.training.recipes import catalogue as training_catalogue
 
     if ":" in name:
         return {"backbone": _backbone(load_registry(registry_file).backbone(name))}
@@ -72,10 +74,13 @@ def _look_up(name: str, registry_file: Any) -> dict[str, Facts]:
         found["task"] = {**dataclasses.asdict(recipe), "metric": recipe.metric, "path": str(recipe.path)}
     if name in registry.experts:
         found["expert"] = _expert(registry.experts[name])
+    training = {info.name: info for info in training_catalogue()}
+    if name in training:
+        found["recipe"] = {**dataclasses.asdict(training[name]), "path": str(training[name].path)}
     if name in registry.suites:
         found["suite"] = _suite(registry.suites[name])
     if not found:
-        choices = [*registry.backbones, *registry.datasets, *recipes, *registry.experts, *registry.suites]
+        choices = [*registry.backbones, *registry.datasets, *recipes, *registry.experts, *training, *registry.suites]
         raise UnknownNameError("name", name, dict.fromkeys(choices), see=_LISTS)
     return found
 
@@ -209,6 +214,14 @@ def _print_expert(console: Console, facts: Facts) -> None:
         _print_note(console, facts["note"])
 
 
+def _print_recipe(console: Console, facts: Facts) -> None:
+    from rich.text import Text
+
+    _print_facts(console, "training recipe", facts["name"], [("recipe", facts["path"])])
+    console.print()
+    console.print(Text(facts["header"]))
+
+
 def _print_suite(console: Console, facts: Facts) -> None:
     entry = facts["entry"]
     _print_facts(console, "suite", entry["name"], [("tasks", ", ".join(entry["tasks"])), *_common(entry)])
@@ -219,6 +232,7 @@ _PRINTERS = {
     "dataset": _print_dataset,
     "task": _print_task,
     "expert": _print_expert,
+    "recipe": _print_recipe,
     "suite": _print_suite,
 }
 

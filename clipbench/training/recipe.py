@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Task = Literal["segmentation", "depth", "normals"]
+Loss = Literal["clip", "segmentation", "depth", "normals"]
 Caption = Literal["alt", "precise"]
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -113,23 +114,28 @@ class Model(_Part):
     gradient_checkpointing: bool = False
 
 
+# λ of the paper.
+_PAPER: dict[Loss, float] = {"clip": 1.0, "segmentation": 0.1, "depth": 1.0, "normals": 1.0}
+
+
 class Losses(_Part):
     """Attributes:
     contrastive: "clip" (InfoNCE) or "siglip".
-    weights: λ of each; the paper's.
+    weights: λ of each; those that are left out have the paper's.
     depth: "ssi" (scale-and-shift-invariant L1) or "ssi+gradient", with a multi-scale gradient term.
     normals: "cosine" or "angmf" (NLL-AngMF, with a fourth channel for κ).
     """
 
     contrastive: Literal["clip", "siglip"] = "clip"
-    weights: dict[Literal["clip", "segmentation", "depth", "normals"], _NotNegative] = {
-        "clip": 1.0,
-        "segmentation": 0.1,
-        "depth": 1.0,
-        "normals": 1.0,
-    }
+    weights: dict[Loss, _NotNegative] = dict(_PAPER)
     depth: Literal["ssi", "ssi+gradient"] = "ssi"
     normals: Literal["cosine", "angmf"] = "cosine"
+
+    @field_validator("weights")
+    @classmethod
+    def _all(cls, value: dict[Loss, float]) -> dict[Loss, float]:
+        """What is left out has the paper's."""
+        return {**_PAPER, **value}
 
 
 class Optimizer(_Part):

@@ -1,0 +1,288 @@
+"""mmengine's Runner around a training run: loop, schedule, averaged weights, log, checkpoints, clean stops."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import LOOPS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+
+from clipbench.errors import ClipbenchError
+from clipbench.files import explain_os_error
+from clipbench.processes import agree, anywhere, gather, rank
+from clipbench.signals import InterruptedRunError, StopRequest
+from clipbench.training.batch import Batch
+from clipbench.training.engine import Skipped, TrainEngine
+from clipbench.training.recipe import Recipe
+from clipbench.training.stream import TrainStream
+
+CHECKPOINT = "checkpoint.pth"
+RESUME_HINT = "The same command with --resume goes on from the last checkpoint."
+BACKENDS = {"json": "LocalVisBackend", "tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
+
+
+class Batches:
+    """A stream as what mmengine takes for a loader.
+
+    Args:
+        stream: Of `open_stream`.
+        steps: Of the run.
+        pin: For a GPU.
+    """
+
+    def __init__(self, stream: TrainStream, steps: int, pin: bool) -> None:
+        self.dataset = stream
+        self._steps = steps
+        self._pin = pin
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def start(self, step: int) -> Iterator[Batch]:
+        """Batches from a step on."""
+        return self.dataset.loader(step, pin=self._pin)
+
+
+@LOOPS.register_module()
+class StreamTrainLoop(IterBasedTrainLoop):
+    """mmengine's loop on a stream that can start at any step, so that a resumed run skips nothing by loading it."""
+
+    def run(self) -> nn.Module:
+        """Train from where the checkpoint left off."""
+        runner = self.runner
+        runner.call_hook("before_train")
+        runner.call_hook("before_train_epoch")
+        runner.model.step = self._iter
+        batches = self.dataloader.start(self._iter)
+        while self._iter < self._max_iters and not self.stop_training:
+            runner.model.train()
+            self.run_iter(next(batches))
+        batches.close()
+        runner.call_hook("after_train_epoch")
+        runner.call_hook("after_train")
+        return runner.model
+
+
+class TrainRunner(Runner):
+    """Runner for a `TrainEngine`: the caller chooses the device, checkpoints replace each other atomically.
+
+    Args:
+        device: Where to run.
+        kwargs: Of mmengine's Runner.
+    """
+
+    def __init__(self, device: torch.device, **kwargs: Any) -> None:
+        self._device = device
+        self._has_loaded = False
+        self.seconds_before = 0.0
+        self._started = time.perf_counter()
+        super().__init__(**kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, interrupted parts included."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """Move to the device; give every process the first one's parameters."""
+        model = model.to(self._device)
+        if torch.distributed.is_initialized():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                torch.distributed.broadcast(tensor.data, src=0)
+        return model
+
+    def save_progress(self, steps_done: int) -> None:
+        """Write the checkpoint, whole or not at all. All processes must call it; the first one writes.
+
+        Raises:
+            ClipbenchError: The disk is full, in every process; the checkpoint before stays.
+        """
+        engine: TrainEngine = self.model
+        replaced = sum(gather(engine.skipped.samples))
+        problem: ClipbenchError | None = None
+        if rank() == 0:
+            folder = Path(self.work_dir)
+            temporary = folder / f".{CHECKPOINT}.{os.getpid()}"
+            skipped = {**engine.skipped.state(), "samples": replaced}
+            meta = {"epoch": 0, "iter": steps_done, "skipped": skipped, "seconds": self.seconds}
+            try:
+                self.save_checkpoint(self.work_dir, temporary.name, meta=meta, by_epoch=False)
+                temporary.replace(folder / CHECKPOINT)
+            except OSError as error:
+                problem = explain_os_error(error, folder, RESUME_HINT)
+            finally:
+                temporary.unlink(missing_ok=True)
+        if (told := agree(problem and (problem.message, problem.hint))) is not None:
+            raise NotSavedError(*told)
+
+    def load_progress(self) -> None:
+        """Resume from the checkpoint in the work folder where there is one."""
+        folder = Path(self.work_dir)
+        if rank() == 0:
+            for leftover in folder.glob(f".{CHECKPOINT}.*"):  # of a process killed while writing
+                leftover.unlink()
+        if not agree((folder / CHECKPOINT).exists()):
+            return
+        self._resume = True  # what mmengine's EMAHook asks
+        self.resume(str(folder / CHECKPOINT), map_location="cpu")
+        meta = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=False, mmap=True)["meta"]  # our own
+        self.model.skipped = Skipped.of(meta["skipped"])
+        if rank() != 0:
+            self.model.skipped.samples = 0  # the first process has the sum
+        self.seconds_before = meta["seconds"]
+
+    def load_or_resume(self) -> None:
+        """mmengine's hook into `train()`, called once model, optimiser and schedules stand."""
+        if not self._has_loaded:
+            self.load_progress()
+            self._has_loaded = True
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Nothing: mmengine starts compilers here to ask their version; the export holds the environment."""
+
+
+class NotSavedError(ClipbenchError):
+    """A checkpoint could not be written."""
+
+    everywhere = True
+
+
+class ProgressHook(Hook):
+    """Reports steps, saves, and stops the run when asked to.
+
+    Args:
+        on_step: Called after each step with (steps done, numbers of the step).
+        interval: Steps between checkpoints.
+    """
+
+    # After the parameter scheduler and the averaged weights, so that a checkpoint holds those of the next step.
+    priority = "VERY_LOW"
+
+    def __init__(self, on_step: Callable[[int, dict[str, float]], None], interval: int) -> None:
+        self._on_step = on_step
+        self._interval = interval
+        self._stop = StopRequest()
+        self._then = 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        """From here on Ctrl-C and SIGTERM end the run at a step's end."""
+        self._stop.listen()
+        self._then = time.perf_counter()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
+    ) -> None:
+        """Report, save, stop."""
+        done = batch_idx + 1
+        now = time.perf_counter()
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        runner.message_hub.update_scalar("train/images_per_second", len(data_batch) * world / (now - self._then))
+        self._then = now
+        for problem in data_batch.problems:
+            runner.logger.warning(f"replaced by another sample: {problem}")
+        self._on_step(done, outputs or {})
+        asked = anywhere(self._stop.made)
+        if asked or done % self._interval == 0 or done == runner.max_iters:
+            runner.save_progress(done)
+        if asked and done < runner.max_iters:
+            raise InterruptedRunError(
+                f"stopped at step {done} of {runner.max_iters}; everything up to here is saved",
+                "The same command with --resume goes on from here.",
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the signals back."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back, also after an error."""
+        self._stop.close()
+
+
+def schedule(recipe: Recipe) -> list[dict[str, Any]]:
+    """mmengine scheduler configs: step k of the warm-up has (k + 1)/warmup of the rate, then a cosine to `min_lr`."""
+    how, stages = recipe.optimizer, []
+    warmup = how.warmup_steps if how.warmup_steps > 1 else 0  # mmengine's LinearLR over one step would stay for ever
+    if warmup:
+        stages.append({"type": "LinearLR", "start_factor": 1 / warmup, "by_epoch": False, "begin": 0, "end": warmup})
+    if warmup < recipe.steps:
+        span = {"by_epoch": False, "begin": warmup, "end": recipe.steps, "T_max": recipe.steps - warmup}
+        stages.append({"type": "CosineAnnealingLR", "eta_min": how.min_lr, **span})
+    return stages
+
+
+def run(
+    engine: TrainEngine,
+    stream: TrainStream,
+    *,
+    device: torch.device,
+    work_dir: Path,
+    on_step: Callable[[int, dict[str, float]], None],
+    hooks: Sequence[Hook] = (),
+    loggers: Sequence[str] = ("json",),
+) -> TrainRunner:
+    """Train with mmengine's Runner, going on from the checkpoint in `work_dir` where there is one.
+
+    Args:
+        engine: On the device already.
+        stream: Its data.
+        device: Where to run.
+        work_dir: For checkpoint and log.
+        on_step: Called after each step with (steps done, numbers of the step).
+        hooks: More, called after a checkpoint was written.
+        loggers: Names in `BACKENDS`.
+
+    Returns:
+        The runner, finished.
+
+    Raises:
+        InterruptedRunError, BadStepsError, NotSavedError: See there.
+    """
+    recipe = engine.recipe
+    progress = ProgressHook(on_step, recipe.checkpoint_interval)
+    custom: list[Any] = [progress, *hooks]
+    if recipe.ema is not None:
+        custom.append({"type": "EMAHook", "ema_type": "ExponentialMovingAverage", "momentum": recipe.ema})
+    runner = TrainRunner(
+        device=device,
+        model=engine,
+        work_dir=str(work_dir),
+        train_dataloader=Batches(stream, recipe.steps, pin=device.type == "cuda"),
+        train_cfg={"type": "StreamTrainLoop", "max_iters": recipe.steps},
+        optim_wrapper=engine.optimiser(),
+        param_scheduler=schedule(recipe),
+        default_hooks={"checkpoint": None, "logger": {"type": "LoggerHook", "interval": recipe.log_interval}},
+        custom_hooks=custom,
+        default_scope="mmengine",
+        randomness={"seed": recipe.seed},
+        experiment_name=f"{work_dir.name}-{uuid.uuid4().hex[:8]}",  # mmengine keeps a hub a name in each process
+        log_processor={"type": "LogProcessor", "by_epoch": False, "window_size": recipe.log_interval},
+        visualizer={
+            "type": "Visualizer",
+            "vis_backends": [{"type": BACKENDS[name]} for name in loggers] if rank() == 0 else [],
+            "save_dir": str(work_dir),
+        },
+    )
+    try:
+        runner.train()
+    finally:
+        progress.close()
+        runner.visualizer.close()
+    return runner
+
+
+def averaged(runner: TrainRunner) -> nn.Module | None:
+    """The engine with averaged weights, where the recipe wants some."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            module: nn.Module = hook.ema_model.module
+            return module
+    return None
