@@ -30,7 +30,8 @@ export MASTER_ADDR MASTER_PORT=$((29500 + SLURM_JOB_ID % 1000))
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 # One launcher a machine, which starts a process a GPU. --resume starts from the beginning where there is no checkpoint.
-srun --kill-on-bad-exit=1 clipbench train "$recipe" --data "$data" \
+# srun does not take --cpus-per-task over from sbatch (since Slurm 22.05).
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" clipbench train "$recipe" --data "$data" \
     --launcher torchrun --nodes "$SLURM_NNODES" --nproc 8 --resume "$@" &
 run=$!
 stopped=0
@@ -38,8 +39,11 @@ trap 'stopped=1; kill -TERM "$run"' TERM
 status=0
 wait "$run" || status=$?
 if [ "$stopped" = 1 ]; then
-    wait "$run" || true # the first wait ended with the signal; the run is still saving
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    status=0
+    wait "$run" || status=$? # the first wait ended with the signal; the run is still saving
+    case "$status" in
+        0) exit 0 ;;
+        130 | 143) scontrol requeue "$SLURM_JOB_ID" && exit 0 ;; # stopped and saved
+    esac
 fi
 exit "$status"

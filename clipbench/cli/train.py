@@ -35,7 +35,11 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--start", metavar="SOURCE", help="Model to start from: openclip:ARCH[/TAG], local-dir, alias."),
+        typer.Option(
+            "--start",
+            metavar="SOURCE",
+            help=r"Model to start from: openclip:ARCH\[/TAG], openclip:local-dir:DIR, or an alias.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any value of the recipe; repeatable.")
@@ -105,12 +109,16 @@ def train(
         return
 
     from clipbench.screen import Screen
-    from clipbench.training.run import command_of, rehearse
+    from clipbench.training.export import check_name_free
+    from clipbench.training.run import EXPORT, check_loggers, command_of, rehearse
     from clipbench.training.run import train as run_training
 
     first = int(os.environ.get("RANK", 0)) == 0
     screen = Screen(quiet=as_json, silent=not first)
     if dry_run:
+        if register is not None:
+            check_name_free(register, registry, folder=run_dir / EXPORT)
+        check_loggers(logger or ())
         rehearsal = rehearse(resolved, screen, device=device)
         if first:
             _show_rehearsal(resolved, rehearsal, run_dir, as_json)

@@ -120,7 +120,7 @@ class Expert(nn.Module, ABC):
     def finish(self, outputs: Any, pictures: Sequence[Picture]) -> list[PseudoLabel]:
         """One label an image of the batch, each of its own `label_size`, in memory of the CPU."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, pictures: Sequence[Picture]) -> list[PseudoLabel]:
         """Labels of a few images, in order. Batches images of equal shape; the engine has a faster way."""
         prepared = [self.prepare(picture) for picture in pictures]

@@ -282,7 +282,7 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _trial(expert: ModuleExpert) -> ConfidenceKind | None:
     """Kind of confidence of a module, found by trying it.
 

@@ -416,7 +416,7 @@ def normals_loss(prediction: Tensor, normals: Tensor) -> Tensor:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _measure(
     nets: dict[LabelTask, ToyNet], held_out: dict[str, Rooms], report: Progress
 ) -> dict[str, dict[str, dict[str, float]]]:

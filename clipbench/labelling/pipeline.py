@@ -172,7 +172,7 @@ class Labeller:
         picture = Picture(image, label_size(size, self._settings.size), facts, found.key, stored)
         inputs = {}
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 for expert in self._networks:
                     with _speaking_of(expert, "prepare", found.key):
                         inputs[expert.info.name] = expert.prepare(picture)
@@ -182,7 +182,7 @@ class Labeller:
 
     # -- the networks
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _look(self, window: Sequence[_Prepared]) -> None:
         """Every network at every image of a window; fills their `labels`."""
         finishing: deque[Future[None]] = deque()
@@ -205,7 +205,7 @@ class Labeller:
             one.picture = replace(one.picture, image=one.picture.image.to("meta"))
 
     @staticmethod
-    @torch.inference_mode()
+    @torch.no_grad()
     def _finish(expert: Expert, outputs: Any, chosen: Sequence[_Prepared]) -> None:
         with _speaking_of(expert, "make labels for", _keys(chosen)):
             labels = expert.finish(outputs, [one.picture for one in chosen])

@@ -945,12 +945,13 @@ def merged(evaluation: Evaluation) -> Evaluation:
 
 
 def _quiet_worker(_: int) -> None:
-    """A worker shares the terminal; Ctrl-C is the main process's business, and one thread each is enough."""
+    """A worker leaves Ctrl-C and SIGTERM to the main process, which saves; one thread each is enough."""
     import signal
 
     import cv2
 
     cv2.setNumThreads(0)
 
+    os.setpgrp()  # terminals and launchers signal whole groups
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

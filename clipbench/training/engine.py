@@ -144,9 +144,10 @@ class TrainEngine(nn.Module):
         """AdamW over all parameters; learnt ranges of the augmentation go with the towers, without weight decay."""
         how = self.recipe.optimizer
         groups = self.model.parameter_groups(how)
-        if self.range_augment is not None:
+        if self.range_augment is not None and self.recipe.augmentation.range_augment is not None:
             ranges = list(self.range_augment.parameters())
-            groups.append({"name": "range_augment", "params": ranges, "lr": how.lr, "weight_decay": 0.0})
+            rate = self.recipe.augmentation.range_augment.lr
+            groups.append({"name": "range_augment", "params": ranges, "lr": rate, "weight_decay": 0.0})
         built = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay)
         scaler = torch.amp.GradScaler(self.device.type) if self.recipe.precision == "fp16" else None
         clip = {"max_norm": how.clip_grad} if how.clip_grad is not None else None
@@ -239,8 +240,8 @@ class TrainEngine(nn.Module):
             counted = ", ".join(f"{count} with {why}" for why, count in self.skipped.reasons.items())
             raise BadStepsError(
                 f"{self.skipped.in_row} steps in a row, up to step {self.step}, had {reason}; in all: {counted}",
-                "A smaller --set optimizer.lr=… or --set optimizer.clip_grad=1.0 helps against divergence, "
-                "`clipbench audit DIR` shows whether the labels are sound. --resume goes on from the last checkpoint.",
+                "Start again under another --name. A smaller --set optimizer.lr=… or --set optimizer.clip_grad=1.0 "
+                "helps against divergence; `clipbench audit DIR` shows whether the labels are sound.",
             )
 
 

@@ -185,7 +185,7 @@ def check_name_free(name: str, file: Path, *, folder: Path | None = None, replac
     """
     check_name(name)
     taken = load_registry(file if file.is_file() else None).backbones.get(name)
-    if taken is None or replace or (folder is not None and _is_export_of(taken, folder)):
+    if taken is None or replace or _is_waiting(taken, file) or (folder is not None and _is_export_of(taken, folder)):
         return
     raise UsageError(
         f"the name '{name}' is taken by {taken.source}, in {taken.origin}",
@@ -216,7 +216,7 @@ def register_export(
     check_name(name)
     taken = load_registry(file if file.is_file() else None).backbones.get(name)
     ours = taken is not None and _is_export_of(taken, folder)
-    if taken is not None and not ours and not replace:
+    if taken is not None and not ours and not replace and not _is_waiting(taken, file):
         raise UsageError(f"the name '{name}' is taken by {taken.source}, in {taken.origin}", by_hand)
     steps = f", {facts['steps']} steps" if "steps" in facts else ""
     fields = {
@@ -226,6 +226,11 @@ def register_export(
     entry = write_entry(file, "backbones", name, fields, replace=replace or ours)
     assert isinstance(entry, BackboneEntry)
     return entry
+
+
+def _is_waiting(entry: BackboneEntry, file: Path) -> bool:
+    """An entry of another file that stands for weights which somebody has to make first, as `cliptex-vitb16`."""
+    return not entry.ready and (entry.file is None or entry.file.resolve() != file.resolve())
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

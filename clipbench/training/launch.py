@@ -29,30 +29,25 @@ class SlurmRun:
     loggers: tuple[str, ...]
     command: str
 
-    def __call__(self) -> str | None:
-        """Train; why it failed, or nothing."""
+    def __call__(self) -> None:
+        """Train. An error gets out, so that Slurm knows the job as failed and stops its other processes."""
         from submitit.helpers import TorchDistributedEnvironment
 
-        from clipbench.errors import ClipbenchError
         from clipbench.training.run import train
 
         # RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
         first = TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False).rank == 0
-        try:
-            train(
-                self.recipe,
-                self.run_dir,
-                Screen(silent=not first),
-                resume=self.resume,
-                device=self.device,
-                register=self.register,
-                registry=self.registry,
-                loggers=self.loggers,
-                command=self.command,
-            )
-        except ClipbenchError as error:
-            return str(error)
-        return None
+        train(
+            self.recipe,
+            self.run_dir,
+            Screen(silent=not first),
+            resume=self.resume,
+            device=self.device,
+            register=self.register,
+            registry=self.registry,
+            loggers=self.loggers,
+            command=self.command,
+        )
 
     def checkpoint(self) -> Any:
         """submitit's question what to queue when Slurm takes the machines away."""

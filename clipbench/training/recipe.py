@@ -69,10 +69,13 @@ class RangeAugment(_Part):
     Attributes:
         psnr: Target at the start and at the end of training, dB; follows a cosine.
         weight: Of its loss.
+        lr: Highest rate of the ranges. They are six numbers that AdamW moves by about this much a step: at the towers'
+            rate they would stay where they start, far above the target.
     """
 
     psnr: tuple[_Positive, _Positive] = (40.0, 20.0)
     weight: _NotNegative = 1.0
+    lr: _Positive = 1e-2
 
 
 class Augmentation(_Part):

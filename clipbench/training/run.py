@@ -24,6 +24,7 @@ from clipbench.devices import pick_device
 from clipbench.errors import ClipbenchError, UnknownNameError, UsageError
 from clipbench.files import explain_os_error, write_atomic
 from clipbench.mmlab import log_to_file, setup
+from clipbench.probing.recipes import task_names
 from clipbench.processes import agree, barrier, gather, processes
 from clipbench.screen import Screen
 from clipbench.signals import InterruptedRunError
@@ -174,6 +175,10 @@ def check_startable(recipe: Recipe, run_dir: Path, *, resume: bool, register: st
     """
     if register is not None:
         check_name_free(register, registry, folder=run_dir / EXPORT)
+    known = task_names() if recipe.evaluate else []
+    for task in recipe.evaluate:
+        if task not in known:
+            raise UnknownNameError("task in evaluate", task, known, see="clipbench list tasks")
     before = _stored(run_dir)
     if before is None:
         return
@@ -216,6 +221,12 @@ def check_loggers(loggers: Sequence[str]) -> None:
             raise UnknownNameError("logger", name, BACKENDS)
         if name != "json" and find_spec(name) is None:
             raise UsageError(f"--logger {name}: the package is not installed", f"pip install {name}")
+
+
+class SharedError(ClipbenchError):
+    """What the first process found wrong, raised in all of them; the first one says it."""
+
+    everywhere = True
 
 
 class _Run:
@@ -292,6 +303,12 @@ class _Run:
         epochs = self.recipe.steps * self.recipe.batch_size / self.stream.samples
         self.screen.note(f"model: {self.recipe.model.source} ({counts} parameters)")
         labels = ", ".join(f"{task} of {name}" for task, name in self.recipe.data.labels.items()) or "none"
+        for source in self.stream.manifest["sources"]:
+            if source.get("complete") is False:
+                self.screen.warn(
+                    f"{source['name']} is not labelled to its end: a run of tomorrow would see other data. "
+                    "The same `clipbench label` command goes on."
+                )
         self.screen.note(f"data: {self.stream.samples:,} samples, {epochs:.3g} epochs; labels: {labels}")
 
     def snapshot(self, runner: TrainRunner, folder: Path) -> None:
@@ -365,11 +382,24 @@ def _parts(recipe: Recipe, device: torch.device) -> tuple[TrainEngine, TrainStre
     rank = torch.distributed.get_rank() if distributed else 0
     world = torch.distributed.get_world_size() if distributed else 1
     tokenizer = _Tokenizer()
-    if rank:
-        barrier()  # the first process reads the headers of the shards, for all
-    stream = open_stream(recipe, tokenizer, rank=rank, world=world)
-    if not rank:
-        barrier()
+    stream: TrainStream | None = None
+    failure: tuple[type[ClipbenchError], str, str] | None = None
+    if not rank:  # the first process reads the headers of the shards, for all
+        try:
+            stream = open_stream(recipe, tokenizer, rank=rank, world=world)
+        except ClipbenchError as error:
+            failure = (UsageError if isinstance(error, UsageError) else SharedError, error.message, error.hint)
+    failure = agree(failure)
+    if failure is not None:
+        kind, message, hint = failure
+        raise kind(message, hint)
+    stream = stream or open_stream(recipe, tokenizer, rank=rank, world=world)
+    if recipe.batch_size > stream.samples:
+        raise UsageError(
+            f"batch_size {recipe.batch_size} is more than the {stream.samples:,} samples: pairs would be their own "
+            "negatives",
+            f"--set batch_size={max(stream.samples // 2, 2)}, or more data.",
+        )
     model = build_model(recipe, stream.channels)
     tokenizer.own = model.tokenizer
     return TrainEngine(model, recipe).to(device), stream

@@ -190,7 +190,9 @@ class ProgressHook(Hook):
             runner.logger.warning(f"replaced by another sample: {problem}")
         self._on_step(done, outputs or {})
         asked = anywhere(self._stop.made)
-        if asked or done % self._interval == 0 or done == runner.max_iters:
+        # While steps fail, the last checkpoint from before is worth more than one of now.
+        due = done % self._interval == 0 and not runner.model.skipped.in_row
+        if asked or due or done == runner.max_iters:
             runner.save_progress(done)
         if asked and done < runner.max_iters:
             raise InterruptedRunError(

@@ -130,7 +130,10 @@ _PIPELINE = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}, {"type"
 
 
 def test_mmseg_reads_the_ade20k_layout(openmmlab, toyworld):
+    from mmengine.registry import init_default_scope
     from mmseg.registry import DATASETS
+
+    init_default_scope("mmseg")  # other tests leave others
 
     for folder, count in (("training", 18), ("validation", 6)):
         dataset = DATASETS.build(
@@ -151,7 +154,10 @@ def test_mmseg_reads_the_ade20k_layout(openmmlab, toyworld):
 
 def test_mmseg_reads_the_voc_layout_with_aug(openmmlab, toyworld):
     from mmengine.dataset import ConcatDataset
+    from mmengine.registry import init_default_scope
     from mmseg.registry import DATASETS
+
+    init_default_scope("mmseg")  # other tests leave others
 
     def build(ann_file, folder):
         return {

@@ -404,3 +404,11 @@ def test_only_an_export_is_registered(tmp_path: Path, plain: Start) -> None:
     with pytest.raises(UsageError, match="not an exported checkpoint"):
         register_export("mine", tmp_path / "start")
     assert not Path("registry.yaml").exists()
+
+
+def test_a_name_that_waits_for_its_weights_is_free(tmp_path):
+    """`cliptex-vitb16` ships as an entry that has no checkpoint yet; a registry of one's own wins over it."""
+    file = tmp_path / "registry.yaml"
+    check_name_free("cliptex-vitb16", file)
+    with pytest.raises(UsageError, match="is taken"):
+        check_name_free("clip-vitb16", file)

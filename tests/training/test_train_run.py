@@ -246,8 +246,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(recipe, monkeypatch):
         at_step(patch, lambda step: step > 3, spoil)
         with pytest.raises(BadStepsError, match="2 steps in a row, up to step 5, had a loss that is not finite"):
             train(recipe.model_copy(update={"bad_steps": 2}), "one")
-    result = train(recipe, "one", resume=True)  # from step 4's checkpoint, which counts its own bad step
-    assert result.skipped == {"a loss that is not finite": 1}
+    # Nothing was saved while steps failed: it goes on from before the first of them.
+    assert train(recipe, "one", resume=True).skipped == {}
 
 
 def test_a_disk_that_fills_leaves_the_last_good_checkpoint(recipe, monkeypatch):

@@ -412,3 +412,13 @@ def test_labels_may_be_16_bit(tmp_path):
         wanted = sample_labels(number)["normals"].values[0, 0]
         found = normals.values[i][:, normals.valid[i]].abs().mean(1)
         assert np.allclose(found, np.abs(wanted), atol=1e-4)
+
+
+def test_loaders_are_in_a_group_of_their_own():
+    """Terminals and launchers signal whole groups: a loader that died would keep the run from saving."""
+    code = (
+        "import os\nfrom clipbench.training.sources import quiet_worker\n"
+        "before = os.getpgrp()\nquiet_worker(0)\nprint(before != os.getpgrp() == os.getpid())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
