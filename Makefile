@@ -8,7 +8,7 @@ JOBS ?= 2
 # The interpreter that .venv is made with: the first of these that fits, or the one of `make PYTHON=...`.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 
-.PHONY: help install demo test lint typecheck unit format wheel clean distclean
+.PHONY: help install demo effect test lint typecheck unit format wheel clean distclean
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -18,6 +18,9 @@ install: $(INSTALLED) ## Create .venv and install clipbench and its tools into i
 
 demo: $(INSTALLED) ## Probe three backbones on a small synthetic data set, in about three minutes
 	$(BIN)/clipbench demo
+
+effect: $(INSTALLED) ## Does CLIPTeX beat CLIP-FT on toyworld? A study of up to 90 minutes on 2 cores; EFFECT=--quick tries it
+	$(BIN)/python benchmarks/effect.py $(EFFECT)
 
 test: lint typecheck unit ## Lint, check types, run the tests
 
