@@ -202,8 +202,9 @@ def _show(result: LabelResult) -> None:
     else:
         rate = f", {result.rate:.1f} images/s" if result.rate else ""
         console.print(f"looked at {result.samples:,} images in {result.seconds:.0f} s{rate}")
+    shards = "1 shard" if totals.shards == 1 else f"{totals.shards} shards"
     console.print(
-        f"{totals.samples:,} samples in {totals.shards} shards, {totals.bytes / 1e6:,.1f} MB: {result.output}"
+        f"{totals.samples:,} samples in {shards}, {totals.bytes / 1e6:,.1f} MB: {result.output}", markup=False
     )
     for name in result.names:
         pixels = totals.pixels.get(name, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import LOG_PROCESSORS, LOOPS, OPTIMIZERS
 from mmengine.runner import IterBasedTrainLoop, LogProcessor, Runner
-from torch import nn
 from torch.utils.data import DataLoader
 
 from clipbench.data.stream import CorruptDataError, CorruptSample
 from clipbench.errors import ClipbenchError
+from clipbench.mmlab.runner import DeviceRunner
 from clipbench.probing.model import SweepModel, SweepOptimWrapper
 from clipbench.processes import anywhere, average_buffers, gather, rank
 from clipbench.signals import InterruptedRunError, StopRequest
@@ -73,11 +72,11 @@ class ProbeTrainLoop(IterBasedTrainLoop):
         super().run_iter(data_batch)
 
 
-class ProbeRunner(Runner):
+class ProbeRunner(DeviceRunner):
     """Runner for a `SweepModel`.
 
-    Differences from the base class: the device is chosen by the caller; the model is not wrapped in DDP (its optimiser
-    wrappers average gradients themselves, since each head steps on its own); checkpoints replace each other atomically.
+    Its optimiser wrappers average gradients themselves, since each head steps on its own. Checkpoints replace each
+    other atomically.
 
     Args:
         device: Where to run.
@@ -85,25 +84,8 @@ class ProbeRunner(Runner):
     """
 
     def __init__(self, device: torch.device, **kwargs: Any) -> None:
-        self._device = device
         self.skipped: dict[int, str] = {}  # training samples that were replaced: index → why
-        self._has_loaded = False
-        self.seconds_before = 0.0  # training time of earlier sessions of this run
-        self._started = time.perf_counter()
-        super().__init__(**kwargs)
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, interrupted parts included."""
-        return self.seconds_before + time.perf_counter() - self._started
-
-    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
-        """Move to the device; give every process the first one's parameters."""
-        model = model.to(self._device)
-        if torch.distributed.is_initialized():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                torch.distributed.broadcast(tensor.data, src=0)
-        return model
+        super().__init__(device, **kwargs)
 
     def save_progress(self, steps_done: int) -> None:
         """Write the checkpoint, whole or not at all. All processes must call it; the first one writes."""
@@ -126,15 +108,6 @@ class ProbeRunner(Runner):
             self.resume(str(path), map_location="cpu")
             meta = checkpoint_meta(Path(self.work_dir))
             self.skipped, self.seconds_before = meta["skipped"], meta["seconds"]
-
-    def load_or_resume(self) -> None:
-        """mmengine's hook into `train()`, called once model, optimisers and schedules stand."""
-        if not self._has_loaded:
-            self.load_progress()
-            self._has_loaded = True
-
-    def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """Nothing: mmengine starts compilers here to ask their version; the record holds the environment."""
 
 
 class ProgressHook(Hook):

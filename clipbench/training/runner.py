@@ -17,6 +17,7 @@ from torch import nn
 
 from clipbench.errors import ClipbenchError
 from clipbench.files import explain_os_error
+from clipbench.mmlab.runner import DeviceRunner
 from clipbench.processes import agree, anywhere, gather, rank
 from clipbench.signals import InterruptedRunError, StopRequest
 from clipbench.training.batch import Batch
@@ -71,33 +72,8 @@ class StreamTrainLoop(IterBasedTrainLoop):
         return runner.model
 
 
-class TrainRunner(Runner):
-    """Runner for a `TrainEngine`: the caller chooses the device, checkpoints replace each other atomically.
-
-    Args:
-        device: Where to run.
-        kwargs: Of mmengine's Runner.
-    """
-
-    def __init__(self, device: torch.device, **kwargs: Any) -> None:
-        self._device = device
-        self._has_loaded = False
-        self.seconds_before = 0.0
-        self._started = time.perf_counter()
-        super().__init__(**kwargs)
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, interrupted parts included."""
-        return self.seconds_before + time.perf_counter() - self._started
-
-    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
-        """Move to the device; give every process the first one's parameters."""
-        model = model.to(self._device)
-        if torch.distributed.is_initialized():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                torch.distributed.broadcast(tensor.data, src=0)
-        return model
+class TrainRunner(DeviceRunner):
+    """Runner for a `TrainEngine`; checkpoints replace each other atomically."""
 
     def save_progress(self, steps_done: int) -> None:
         """Write the checkpoint, whole or not at all. All processes must call it; the first one writes.
@@ -138,15 +114,6 @@ class TrainRunner(Runner):
         if rank() != 0:
             self.model.skipped.samples = 0  # the first process has the sum
         self.seconds_before = meta["seconds"]
-
-    def load_or_resume(self) -> None:
-        """mmengine's hook into `train()`, called once model, optimiser and schedules stand."""
-        if not self._has_loaded:
-            self.load_progress()
-            self._has_loaded = True
-
-    def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """Nothing: mmengine starts compilers here to ask their version; the export holds the environment."""
 
 
 class NotSavedError(ClipbenchError):
