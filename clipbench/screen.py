@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -95,3 +95,28 @@ class Screen:
                 bar.update(task, advance=count, **changes)
 
             yield advance
+
+    @contextmanager
+    def stages(self, unit: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Bars one after the other, for work that reports how far it is.
+
+        Args:
+            unit: Of the rates.
+
+        Yields:
+            Takes what is being done, how much of it is done, and how much there is.
+        """
+        bars: dict[str, Advance] = {}
+        before = 0
+        with ExitStack() as stack:
+
+            def report(what: str, done: int, total: int) -> None:
+                nonlocal before
+                if what not in bars:
+                    stack.close()  # one bar at a time
+                    before = 0
+                    bars[what] = stack.enter_context(self.progress(what, total, unit))
+                bars[what](done - before)
+                before = done
+
+            yield report

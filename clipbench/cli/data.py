@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,10 +37,11 @@ def toyworld(
     from clipbench.data.layouts import LAYOUTS
     from clipbench.data.toyworld.generate import CONTACT_SHEET, WorldSpec, generate
     from clipbench.data.toyworld.writers import WRITERS
+    from clipbench.screen import Screen
 
     spec = WorldSpec(images, size, seed, val_fraction)
-    with _progress("rendering", quiet=json) as update:
-        result = generate(folder, spec, workers, force, update)
+    with Screen(quiet=json).stages("image") as stage:
+        result = generate(folder, spec, workers, force, partial(stage, "rendering"))
     layouts = {name: LAYOUTS[name].folder for name in WRITERS}
     if json:
         print_json(
@@ -87,22 +86,13 @@ def toy_experts(
 
     About 5 minutes on 2 cores. They are what `toy-seg-expert`, `toy-depth-expert` and `toy-normals-expert` label with.
     """
-    from contextlib import ExitStack
-
     from clipbench.experts.toy_training import Recipe, train_toy_experts
+    from clipbench.screen import Screen
 
     given = {"images": images, "size": size, "steps": steps, "seed": seed, "workers": workers}
     recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
-    bars: dict[str, Callable[[int, int], None]] = {}
-    with ExitStack() as stack:
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                stack.close()  # one bar at a time
-                bars[what] = stack.enter_context(_progress(what, quiet=json))
-            bars[what](done, total)
-
-        trained = train_toy_experts(folder, recipe, force, report)
+    with Screen(quiet=json).stages("image") as stage:
+        trained = train_toy_experts(folder, recipe, force, stage)
     if json:
         print_json(
             {
@@ -154,11 +144,12 @@ def check(
     from clipbench.data.check import DEFAULT_SAMPLE, check_dataset
     from clipbench.data.roots import resolve_root
     from clipbench.registry import load_registry
+    from clipbench.screen import Screen
 
     entry = load_registry(registry).dataset(name)
     folder = resolve_root(entry, root)
-    with _progress("decoding", quiet=json) as update:
-        report = check_dataset(entry.layout, folder, full, sample or DEFAULT_SAMPLE, update)
+    with Screen(quiet=json).stages("image") as stage:
+        report = check_dataset(entry.layout, folder, full, sample or DEFAULT_SAMPLE, partial(stage, "decoding"))
     if json:
         print_json(report.to_dict())
     else:
@@ -187,11 +178,12 @@ def pack(
     from clipbench.data.pack import pack_dataset
     from clipbench.data.roots import resolve_root
     from clipbench.registry import load_registry
+    from clipbench.screen import Screen
 
     entry = load_registry(registry).dataset(name)
     folder = resolve_root(entry, root)
-    with _progress("packing", quiet=json) as update:
-        packed = pack_dataset(name, entry.layout, folder, split, output, shard_size, limit, update)
+    with Screen(quiet=json).stages("image") as stage:
+        packed = pack_dataset(name, entry.layout, folder, split, output, shard_size, limit, partial(stage, "packing"))
     if json:
         print_json({"output": str(output), "split": packed.split, "images": packed.images, "shards": packed.shards})
         return
@@ -227,36 +219,3 @@ def _show(report: CheckReport, entry: DatasetEntry) -> None:
     else:
         url = f"\nIts page: {entry.url}" if getattr(entry, "url", None) else ""
         console.print(Text(f"{layout.how_to_get}{url}"))
-
-
-@contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on stderr; the caller reports (done, in all)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,  # into a file it would leave a blank line
-    )
-    start: tuple[float, int] | None = None
-    with bar:
-        task = bar.add_task(what, total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            nonlocal start
-            now = time.monotonic()
-            if start is None:
-                start = now, done
-            seconds, since = now - start[0], done - start[1]
-            rate = f"{since / seconds:.1f} images/s" if seconds > 0.5 else ""
-            bar.update(task, completed=done, total=total, rate=rate)
-
-        yield update

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def probe(
     request: ProbeRequest,
     screen: Screen | None = None,
-    sheet: PredictionSheet | None = None,
+    sheets: Mapping[str, PredictionSheet] | None = None,
     on_record: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Train and score heads on a backbone, and write records and leaderboard.
@@ -26,7 +26,7 @@ def probe(
     Args:
         request: What to run.
         screen: Where progress goes; None for nowhere.
-        sheet: Also collects the predictions, to put several runs on one picture.
+        sheets: Task → what also collects its predictions, to put several runs on one picture.
         on_record: Called with each record once it is written; a later task of the request may still fail.
 
     Returns:
@@ -55,7 +55,7 @@ def probe(
         check_parts(plan, description.output)
     records = []
     for plan in plans:
-        for record in execute(plan, screen or Screen(silent=True), sheet):
+        for record in execute(plan, screen or Screen(silent=True), sheets):
             records.append(record)
             on_record(record)
     return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,7 @@ class PredictionSheet:
         """Write the sheet as PNG, atomically. Returns False, and writes nothing, where there is nothing on it."""
         if not self._rows:
             return False
-        sheet = self._layout()
-        with atomic(path) as temporary:
-            sheet.save(temporary, format="PNG", optimize=True)
+        save_sheets({"": self}, path)
         return True
 
     def _layout(self) -> Image.Image:
@@ -117,3 +116,26 @@ class PredictionSheet:
         smooth = photo or opened.height > self.height
         scale = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
         return opened.resize((max(1, round(opened.width * self.height / opened.height)), self.height), scale)
+
+
+def save_sheets(sheets: Mapping[str, PredictionSheet], path: Path) -> bool:
+    """Write sheets one below the other as one PNG, atomically, those with a title under it; False where all are empty.
+
+    Args:
+        sheets: By title.
+        path: The PNG.
+    """
+    laid = {title: sheet._layout() for title, sheet in sheets.items() if sheet._rows}
+    if not laid:
+        return False
+    tops = {title: _LINE + 2 * _GAP if title else 0 for title in laid}
+    height = sum(tops[title] + sheet.height for title, sheet in laid.items())
+    page = Image.new("RGB", (max(sheet.width for sheet in laid.values()), height), "white")
+    pen, top = ImageDraw.Draw(page), 0
+    for title, sheet in laid.items():
+        pen.text((_GAP, top + _GAP), title, fill="black", font=ImageFont.load_default(size=_FONT + 2))
+        page.paste(sheet, (0, top + tops[title]))
+        top += tops[title] + sheet.height
+    with atomic(path) as temporary:
+        page.save(temporary, format="PNG", optimize=True)
+    return True

@@ -76,7 +76,7 @@ RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else
 
 
-def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) -> list[Record]:
+def execute(plan: Plan, screen: Screen, sheets: Mapping[str, PredictionSheet] | None = None) -> list[Record]:
     """Run a plan; see `clipbench.probing.probe`."""
     device = pick_device(plan.request.device)
     with processes(device) as rank:
@@ -91,7 +91,7 @@ def execute(plan: Plan, screen: Screen, sheet: PredictionSheet | None = None) ->
         screen.note(f"log: {log}")
         try:
             with log_to_file(log):
-                return Run(plan, screen, device, rank, run_dir, resuming, sheet).execute()
+                return Run(plan, screen, device, rank, run_dir, resuming, sheets).execute()
         except KeyboardInterrupt:  # while training, the runner handles it; this is anywhere else
             raise InterruptedRunError(
                 "stopped; what was trained is saved", "The same command with --resume goes on from there."
@@ -142,7 +142,7 @@ class Run:
         rank: int,
         run_dir: Path,
         resuming: bool,
-        shared_sheet: PredictionSheet | None = None,
+        shared_sheets: Mapping[str, PredictionSheet] | None = None,
     ) -> None:
         self.plan = plan
         self.request = plan.request
@@ -155,7 +155,7 @@ class Run:
         self.rank = rank
         self.run_dir = run_dir
         self.resuming = resuming
-        self.shared_sheet = shared_sheet
+        self.shared_sheets = shared_sheets or {}
         self.started = time.perf_counter()
         self.unreadable: set[str] = set()  # files that stopped the run, now or before
 
@@ -810,8 +810,10 @@ class Run:
                 return
             drawn = family.draw(target, prediction)
             sheet.add(target.name, *pictures, trial.head, drawn)
-            if self.shared_sheet:
-                self.shared_sheet.add(target.name, *pictures, f"{self.request.backbone}\n{trial.head}", drawn)
+            if trial.task in self.shared_sheets:
+                self.shared_sheets[trial.task].add(
+                    target.name, *pictures, f"{self.request.backbone}\n{trial.head}", drawn
+                )
 
     def save_heads(self, done: Pass, chosen: Sequence[Trial], drafts: dict[Trial, Record]) -> None:
         """The trained heads, so that a number can be looked into; fine-tuned, the backbone too, as `ckpt:` takes it."""

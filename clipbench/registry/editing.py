@@ -194,6 +194,7 @@ def _exchange(path: Path, text: str) -> None:
     """Write a file in one step, with the permissions of the one it replaces."""
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
