@@ -19,7 +19,13 @@ POLL = 0.5  # seconds between looks at running jobs
 _FOREVER = 60 * 24 * 365  # minutes; submitit's own limit for local jobs is five
 
 
-def make_executor(folder: Path, local: bool, parameters: Mapping[str, Any], cluster: Mapping[str, Any]) -> Any:
+def make_executor(
+    folder: Path,
+    local: bool,
+    parameters: Mapping[str, Any],
+    cluster: Mapping[str, Any],
+    requeues: int | None = None,
+) -> Any:
     """submitit's executor.
 
     Args:
@@ -27,6 +33,7 @@ def make_executor(folder: Path, local: bool, parameters: Mapping[str, Any], clus
         local: Jobs of this machine; else of Slurm.
         parameters: Ours.
         cluster: The user's, which win.
+        requeues: How often a job of Slurm is queued again after it ran into its time limit; None for submitit's three.
 
     Raises:
         UsageError: Slurm is not here, or a parameter is unknown.
@@ -36,7 +43,8 @@ def make_executor(folder: Path, local: bool, parameters: Mapping[str, Any], clus
     import submitit
 
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm")
+        options = {} if requeues is None else {"slurm_max_num_timeout": requeues}
+        executor = submitit.AutoExecutor(folder=folder, cluster="local" if local else "slurm", **options)
         minutes = _FOREVER if local else 24 * 60
         executor.update_parameters(**{"name": "clipbench", "timeout_min": minutes, **parameters, **cluster})
     except RuntimeError as error:

@@ -5,7 +5,8 @@
 #   sbatch train/slurm_8x8_a100.sh clip-ft_vitb16_cc3m /scratch/cc3m-labelled --register clip-ft-vitb16
 #
 # The same without a script: clipbench train RECIPE --data DIR --launcher slurm --nodes 8 --nproc 8 --slurm …
-# Ten minutes before the time limit Slurm asks the run to stop; it saves, and the job is queued again and goes on.
+# Ten minutes before the time limit Slurm asks the run to stop, and it has as long to end its step and save before it is
+# killed (`SAVING` in clipbench/probing/launch.py). Then the job is queued again and goes on.
 #SBATCH --job-name=cliptex
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

@@ -233,7 +233,8 @@ def is_plain_vit(visual: nn.Module) -> bool:
     if not isinstance(visual, oc.VisionTransformer) or visual.attn_pool is not None:
         return False
     blocks = visual.transformer.resblocks
-    plain = all(type(b) is oc.ResidualAttentionBlock and isinstance(b.attn, nn.MultiheadAttention) for b in blocks)
+    # Not by type(): sharding (`fully_shard`) makes a block's class a subclass.
+    plain = all(isinstance(b, oc.ResidualAttentionBlock) and isinstance(b.attn, nn.MultiheadAttention) for b in blocks)
     return plain and visual.pool_type in ("tok", "avg")
 
 

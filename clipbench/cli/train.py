@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +17,8 @@ from clipbench.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from clipbench.training.recipe import Recipe
-    from clipbench.training.run import Rehearsal, TrainResult
+    from clipbench.training.rehearsal import Rehearsal
+    from clipbench.training.run import TrainResult
 
 _LAUNCHERS = ("none", "torchrun", "slurm")
 
@@ -99,30 +102,44 @@ def train(
     resolved = load_recipe(info, settings)
     run_dir = output / _name(name if name is not None else info.name)
 
+    loggers = ("json", *(logger or ()))
+    command = command_of(sys.argv[1:])
     from clipbench.probing.launch import launch, under_launcher
 
+    # Machines of their own find out in the processes: the first may have begun the run when the second looks.
+    if not under_launcher() and (nodes == 1 or dry_run or launcher == "slurm"):
+        from clipbench.training.preflight import check_run
+
+        check_run(
+            resolved,
+            run_dir,
+            processes=nproc * nodes,
+            resume=resume,
+            register=register,
+            registry=registry,
+            loggers=loggers,
+        )
     if launcher == "slurm" and not dry_run:
-        _submit(resolved, run_dir, nproc, nodes, slurm, resume, device, register, registry, logger, as_json)
+        _submit(resolved, run_dir, nproc, nodes, slurm, resume, device, register, registry, loggers, command, as_json)
         return
     if (nproc > 1 or launcher == "torchrun") and not under_launcher() and launcher != "slurm":
-        launch(sys.argv[1:], nproc, nodes)
+        launch(sys.argv[1:], nproc, 1 if dry_run else nodes)
         return
 
     from clipbench.screen import Screen
-    from clipbench.training.export import check_name_free
-    from clipbench.training.run import EXPORT, check_loggers, command_of, rehearse
-    from clipbench.training.run import train as run_training
 
     first = int(os.environ.get("RANK", 0)) == 0
     screen = Screen(quiet=as_json, silent=not first)
     if dry_run:
-        if register is not None:
-            check_name_free(register, registry, folder=run_dir / EXPORT)
-        check_loggers(logger or ())
-        rehearsal = rehearse(resolved, screen, device=device)
+        from clipbench.training.rehearsal import rehearse
+
+        rehearsal = rehearse(resolved, screen, device=device, world=nproc * nodes)
         if first:
             _show_rehearsal(resolved, rehearsal, run_dir, as_json)
         return
+
+    from clipbench.training.run import train as run_training
+
     result = run_training(
         resolved,
         run_dir,
@@ -131,11 +148,16 @@ def train(
         device=device,
         register=register,
         registry=registry,
-        loggers=("json", *(logger or ())),
-        command=command_of(sys.argv[1:]),
+        loggers=loggers,
+        command=command,
     )
     if first:
         _show(result, as_json)
+
+
+def command_of(words: Sequence[str]) -> str:
+    """What was typed, without what does not change the result."""
+    return shlex.join(["clipbench", *(word for word in words if word not in ("--resume", "--json"))])
 
 
 def _check_numbers(nproc: int, nodes: int, launcher: str, slurm: list[str] | None) -> None:
@@ -178,28 +200,16 @@ def _submit(
     device: str,
     register: str | None,
     registry: Path,
-    logger: list[str] | None,
+    loggers: tuple[str, ...],
+    command: str,
     as_json: bool,
 ) -> None:
     from rich.console import Console
 
     from clipbench.configs import parse_set
     from clipbench.training.launch import SlurmRun, submit
-    from clipbench.training.run import check_loggers, check_startable, command_of
 
-    loggers = ("json", *(logger or ()))
-    check_loggers(loggers)
-    check_startable(recipe, run_dir, resume=resume, register=register, registry=registry)
-    job = SlurmRun(
-        recipe,
-        run_dir.absolute(),
-        resume,
-        device,
-        register,
-        registry.absolute(),
-        loggers,
-        command_of(sys.argv[1:]),
-    )
+    job = SlurmRun(recipe, run_dir.absolute(), resume, device, register, registry.absolute(), loggers, command)
     cluster = parse_set(slurm or [], "--slurm", "slurm_partition=gpu")
     number, logs = submit(job, nproc=nproc, nodes=nodes, cluster=cluster)
     if as_json:
@@ -235,11 +245,21 @@ def _show_rehearsal(recipe: Recipe, found: Rehearsal, run_dir: Path, as_json: bo
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in found.parameters.items())
     console.print(f"\nparameters           {parts}", markup=False)
     console.print(f"data                 {found.samples:,} samples; {found.epochs:.3g} epochs")
+    console.print(f"processes            {found.processes}, of which {found.measured} took part")
     console.print(f"a step               {found.step_s:.3f} s, of it {found.data_s:.3f} s waiting for data")
+    if len(found.sizes) > 1:
+        each = ", ".join(f"{size} px {seconds:.3f} s" for size, seconds in found.sizes.items())
+        console.print(f"by size              {each}")
     console.print(f"rate                 {found.images_per_s:.1f} images/s")
     console.print(f"the whole run        {found.hours:.2f} h")
-    memory = "not measured on this device" if found.memory_mb is None else f"{found.memory_mb:,.0f} MB a device"
-    console.print(f"memory               {memory}")
+    console.print(f"peak memory          {_memory(found)}")
     losses = ", ".join(f"{name} {value:.3f}" for name, value in found.losses.items())
     console.print(f"losses               {losses}")
     console.print(f"It would go to {run_dir}. Nothing was kept.", markup=False)
+
+
+def _memory(found: Rehearsal) -> str:
+    if found.memory_mb is None:
+        return "not measured on this device"
+    what = {"cuda": "a GPU, as torch allocates it", "cpu": "a process (resident set, its loaders apart)"}
+    return f"{found.memory_mb:,.0f} MiB {what[found.device]}"

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from clipbench.errors import ClipbenchError, UsageError
+from clipbench.signals import InterruptedRunError
+
+# Seconds that processes have to end a step or a probe in, and to save, before they are killed. train/slurm_8x8_a100.sh
+# warns as early; torch's own 30 are less than a large checkpoint takes on a slow disk.
+SAVING = 600
 
 
 class ProcessFailedError(ClipbenchError):
     """A process of a distributed run ended with an error, which it has printed itself."""
 
     def __init__(self, exit_code: int, rank: int) -> None:
-        super().__init__(
-            f"process {rank} ended with status {exit_code}; the others were stopped",
-            "Its own message stands above. The same command with --resume goes on from the last checkpoint.",
-        )
+        again = "The same command with --resume goes on from the last checkpoint."
+        if exit_code < 0:
+            what, hint = f"process {rank} was killed by {signal.Signals(-exit_code).name}", again
+            if -exit_code == signal.SIGKILL:
+                hint = f"Most often the machine's memory was used up. {again}"
+        else:
+            what, hint = f"process {rank} ended with status {exit_code}", f"Its own message stands above. {again}"
+        super().__init__(f"{what}; the others were stopped", hint)
         self.exit_code = exit_code if exit_code > 0 else 1
 
 
@@ -45,6 +56,7 @@ def launch(arguments: Sequence[str], nproc: int, nodes: int = 1) -> None:
     Raises:
         UsageError: Several machines, and nothing says where they meet.
         ProcessFailedError: One of them failed.
+        SystemExit: They refused the command, and have said why.
     """
     import logging
     import uuid
@@ -76,11 +88,28 @@ def launch(arguments: Sequence[str], nproc: int, nodes: int = 1) -> None:
         rdzv_endpoint=meeting,
         max_restarts=0,
         monitor_interval=0.2,
+        **_patience(LaunchConfig),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "clipbench", *arguments)
     except SignalException as error:
         raise StoppedError(error.sigval) from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise ProcessFailedError(failure.exitcode, rank) from None
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if UsageError.exit_code in codes.values():
+            raise SystemExit(UsageError.exit_code) from None
+        rank = min(codes, key=lambda rank: (_consequence(codes[rank]), rank))
+        raise ProcessFailedError(codes[rank], rank) from None
+
+
+def _consequence(exit_code: int) -> int:
+    """How likely a process ended as it did because of another one: of those that ended together, which to name."""
+    if exit_code in (-signal.SIGTERM, InterruptedRunError.exit_code):
+        return 2  # the others are stopped by that
+    return 1 if exit_code > 0 else 0  # one that was killed comes before those that failed for want of it
+
+
+def _patience(config: type) -> dict[str, int]:
+    """How long processes may take to end after a signal, for versions of torch that can be told."""
+    known = {field.name for field in dataclasses.fields(config)}
+    return {"shutdown_timeout": SAVING} if "shutdown_timeout" in known else {}

@@ -159,7 +159,7 @@ class _Step:
         # would cut the second pass off its weights (pytorch/pytorch#158232, mended only in late releases).
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
         with _random_numbers(stable_seed(self._recipe.seed, "dropout", int(part.positions[0])), device), autocast:
-            encoded = self._model.encode(part.images, part.texts)
+            encoded = self._model(part.images, part.texts)
             predictions = self._model.predict(encoded.patches, part.images.shape[-2:]) if tasks else {}
         shares: dict[str, Tensor] = {}
         for task in tasks:

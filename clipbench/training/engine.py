@@ -7,6 +7,7 @@ averages within a backward pass and would do so once a pass: they are averaged o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from clipbench.errors import ClipbenchError
 from clipbench.training.batch import Batch
@@ -21,6 +23,7 @@ from clipbench.training.cached import contrastive_step
 from clipbench.training.model import TrainedCLIP
 from clipbench.training.range_augment import RangeAugment
 from clipbench.training.recipe import Recipe
+from clipbench.training.sharding import Shards, clip, scalars_apart, total_norm
 
 # Samples of a process on which each loss's own gradient is measured: a backward pass a loss, so no whole batch.
 _MEASURED = 64
@@ -68,35 +71,48 @@ class TrainOptimWrapper(OptimWrapper):
     def __init__(self, *, scaler: torch.amp.GradScaler | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._scaler = scaler
+        self._norm = torch.zeros(())
+
+    @property
+    def loss_scale(self) -> float:
+        """What `scale` multiplies by now."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def scale(self, loss: Tensor) -> Tensor:
         """What to go back from instead of the loss."""
         return loss if self._scaler is None else self._scaler.scale(loss)
 
-    def apply(self, wanted: bool) -> float:
-        """Average gradients over processes, clip them, step if they are finite, and clear them.
-
-        Args:
-            wanted: False leaves the step out.
+    def finish(self) -> Tensor:
+        """Average gradients over processes and take the loss scale off them.
 
         Returns:
-            Their norm before clipping, over all parameters; with one that is not finite there was no step.
+            Their norm over all parameters, a scalar on their device, the same in all processes.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = self._with_gradients()
         average_gradients(parameters)
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        limit = self.clip_grad_kwargs["max_norm"] if self.clip_grad_kwargs else float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        finite = norm < float("inf")  # the same everywhere, since gradients are
+        self._norm = total_norm(parameters)
+        return self._norm
+
+    def apply(self, wanted: bool) -> None:
+        """After `finish`: clip the gradients, step, and clear them.
+
+        Args:
+            wanted: False leaves the step out, as it must be where the norm is not finite.
+        """
+        if wanted and self.clip_grad_kwargs:
+            clip(self._with_gradients(), self.clip_grad_kwargs["max_norm"], self._norm)
         if self._scaler is not None:
             if wanted:
-                self._scaler.step(self.optimizer)  # checks itself
+                self._scaler.step(self.optimizer)
             self._scaler.update()
-        elif wanted and finite:
+        elif wanted:
             self.optimizer.step()
         self.zero_grad()
-        return norm
+
+    def _with_gradients(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """mmengine's, and the scaler's."""
@@ -124,6 +140,7 @@ class TrainEngine(nn.Module):
         range_augment: With learnt ranges, where the recipe wants it.
         step: Steps done.
         skipped: See there.
+        shards: Of a run whose model is sharded, see `shard`.
     """
 
     def __init__(self, model: TrainedCLIP, recipe: Recipe) -> None:
@@ -134,6 +151,22 @@ class TrainEngine(nn.Module):
         self.recipe = recipe
         self.step = 0
         self.skipped = Skipped()
+        self.shards: Shards | None = None
+
+    def shard(self) -> None:
+        """Split the model over the processes, where the recipe wants it and there are several.
+
+        To be called on the device, before `optimiser`.
+
+        Raises:
+            UsageError: PyTorch is too old.
+        """
+        if self.recipe.sharding == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1:
+            self.shards = Shards(self.model)
+
+    def whole_model(self) -> TrainedCLIP | None:
+        """The model, to be exported. Where it is sharded, all processes must call this; only the first gets it."""
+        return self.model if self.shards is None else self.shards.whole()
 
     @property
     def device(self) -> torch.device:
@@ -148,10 +181,12 @@ class TrainEngine(nn.Module):
             ranges = list(self.range_augment.parameters())
             rate = self.recipe.augmentation.range_augment.lr
             groups.append({"name": "range_augment", "params": ranges, "lr": rate, "weight_decay": 0.0})
+        if self.recipe.sharding == "fsdp":
+            groups = scalars_apart(groups)
         built = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay)
         scaler = torch.amp.GradScaler(self.device.type) if self.recipe.precision == "fp16" else None
-        clip = {"max_norm": how.clip_grad} if how.clip_grad is not None else None
-        return TrainOptimWrapper(optimizer=built, clip_grad=clip, scaler=scaler)
+        limit = {"max_norm": how.clip_grad} if how.clip_grad is not None else None
+        return TrainOptimWrapper(optimizer=built, clip_grad=limit, scaler=scaler)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of a batch, without gradients."""
@@ -174,7 +209,8 @@ class TrainEngine(nn.Module):
         batch = data.to(self.device)
         logged: dict[str, float] = {}
         if (self.step + 1) % self.recipe.log_interval == 0:
-            logged = self.gradient_norms(batch)
+            logged = self.gradient_norms(batch, optim_wrapper)
+        statistics = self.model.statistics()
         losses = contrastive_step(
             self.model,
             batch,
@@ -185,49 +221,56 @@ class TrainEngine(nn.Module):
         )
         names = [name for name in losses if not name.endswith("_count")]
         counts = [f"{task}_count" for task in self.recipe.tasks]
-        # One transfer from the device for all numbers of the step.
-        wanted = {**losses, "logit_scale": self.model.logit_scale.detach()}
-        numbers = torch.stack([wanted[key].double() for key in (*names, "logit_scale", *counts)]).tolist()
-        found = dict(zip((*names, "logit_scale", *counts), numbers, strict=True))
+        keys = (*names, "logit_scale", "gradient_norm", *counts)
+        wanted = {**losses, "logit_scale": self.model.logit_scale.detach(), "gradient_norm": optim_wrapper.finish()}
+        # The one place where a step waits for the device: whether it is a good one must be known before the weights
+        # are touched. All numbers come in one transfer.
+        found = dict(zip(keys, torch.stack([wanted[key].double() for key in keys]).tolist(), strict=True))
         reason = ""
         if not abs(found["loss"]) < float("inf"):
             reason = "a loss that is not finite"
         elif counts and not any(found[key] for key in counts):
             reason = "no pixel with a label"
-        norm = optim_wrapper.apply(wanted=not reason)
-        if not reason and not norm < float("inf"):
+        elif not found["gradient_norm"] < float("inf"):
             reason = "a gradient that is not finite"
-        if not reason:
+        optim_wrapper.apply(wanted=not reason)
+        if reason:  # the step leaves nothing behind, in batch norm neither
+            self.model.restore_statistics_(statistics)
+        else:
             self.model.clamp_()
         self.step += 1
         self.skipped.samples += len(data.problems)
         self._judge(reason)
-        return {**{key: found[key] for key in (*names, "logit_scale")}, "gradient_norm": norm, **logged}
+        return {**{key: found[key] for key in keys if key not in counts}, **logged}
 
-    def gradient_norms(self, batch: Batch) -> dict[str, float]:
+    def gradient_norms(self, batch: Batch, optim_wrapper: TrainOptimWrapper) -> dict[str, float]:
         """How strongly each loss, with its λ, pulls at the image tower, which they share.
 
         Args:
             batch: On the device; its first samples are used, so the numbers tell how losses compare and no more.
+            optim_wrapper: Its loss scale keeps small gradients of fp16 from becoming 0.
 
         Returns:
             "gradient_norm_LOSS" → L2 norm.
         """
         part = batch.chunks(-(-len(batch) // _MEASURED))[0]
-        shared = [p for p in self.model.clip.visual.parameters() if p.requires_grad]
+        # In pieces no larger than those of a step, since the memory may be made for them.
+        pieces = -(-len(part) // -(-len(batch) // self.recipe.chunks))
         weights = {"clip": self.recipe.losses.weights.get("clip", 1.0)}
         weights |= {task: self.recipe.losses.weights.get(task, 1.0) for task in self.recipe.tasks}
         norms: dict[str, float] = {}
+        statistics = self.model.statistics()
         for name in weights:
             only = {key: weight if key == name else 0.0 for key, weight in weights.items()}
             losses = self.recipe.losses.model_copy(update={"weights": only})
-            contrastive_step(self.model, part, self.recipe.model_copy(update={"losses": losses, "chunks": 1}))
-            average_gradients([p for p in self.parameters() if p.grad is not None])
-            norms[f"gradient_norm_{name}"] = float(
-                torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None])
-            )
+            recipe = self.recipe.model_copy(update={"losses": losses, "chunks": pieces})
+            contrastive_step(self.model, part, recipe, scale=optim_wrapper.scale)
+            shared = [p for p in self.model.clip.visual.parameters() if p.grad is not None]
+            average_gradients(shared)
+            norms[f"gradient_norm_{name}"] = float(total_norm(shared)) / optim_wrapper.loss_scale
             for parameter in self.parameters():
                 parameter.grad = None
+        self.model.restore_statistics_(statistics)
         return norms
 
     def _judge(self, reason: str) -> None:
@@ -245,11 +288,14 @@ class TrainEngine(nn.Module):
             )
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Mean over processes, in place; all processes must have gradients of the same parameters."""
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Mean over processes, in place; all processes must have gradients of the same parameters.
+
+    Those of sharded parameters are means already, since `fully_shard` averages in each backward pass.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     while gradients:
         bucket: list[torch.Tensor] = []
         size = 0

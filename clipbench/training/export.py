@@ -3,8 +3,9 @@
     FOLDER/open_clip_config.json        architecture and preprocessing; with the weights, open_clip's own layout:
     FOLDER/open_clip_model.safetensors  open_clip.create_model_and_transforms("local-dir:FOLDER")
     FOLDER/tokenizer.json, …            only where the tokenizer is not open_clip's built-in one
-    FOLDER/timm/                        timm.create_model("local-dir:FOLDER/timm", pretrained=True): the image tower as
-                                        a plain ViT, its head the projection to the joint space
+    FOLDER/timm/                        timm.create_model("local-dir:FOLDER/timm", pretrained=True): the image tower,
+                                        where timm has it; of open_clip's ViTs and ResNets, with the projection to the
+                                        joint space as its head
     FOLDER/clipbench.json               where it comes from: recipe, data, experts, losses, versions, commit
 
 The architecture stands in the configuration, not its name: a model that open_clip has no name for loads as well.
@@ -24,12 +25,14 @@ import numpy as np
 import open_clip
 import timm
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from pydantic_core import to_json
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models.byobnet import checkpoint_filter_fn as convert_resnet
 from torch import Tensor, nn
 
 from clipbench.backbones.checkpoint import some
@@ -45,6 +48,7 @@ from clipbench.registry.schema import BackboneEntry, check_name
 from clipbench.registry.sources import LOCAL_DIR, Source
 from clipbench.results.machine import environment
 from clipbench.training.recipe import Recipe
+from clipbench.training.towers import map_stride, native_size
 
 WEIGHTS = "open_clip_model.safetensors"
 PROVENANCE = "clipbench.json"
@@ -62,6 +66,14 @@ _TIMM_NAMES = {
     (768, 12, 32): "vit_base_patch32_clip_224",
     (1024, 24, 14): "vit_large_patch14_clip_224",
     (1280, 32, 14): "vit_huge_patch14_clip_224",
+}
+# The same for CLIP's ResNets, by (blocks of each stage, width of the stem).
+_TIMM_RESNETS: dict[tuple[tuple[int, ...], int], str] = {
+    ((3, 4, 6, 3), 64): "resnet50_clip",
+    ((3, 4, 23, 3), 64): "resnet101_clip",
+    ((4, 6, 10, 6), 80): "resnet50x4_clip",
+    ((6, 8, 18, 8), 96): "resnet50x16_clip",
+    ((3, 15, 36, 10), 128): "resnet50x64_clip",
 }
 # timm's CLIP towers have LayerNorms of open_clip's default; of others, a configuration can only name timm's own.
 _TIMM_NORMS = {1e-5: {}, 1e-6: {"norm_layer": "layernorm"}}
@@ -128,7 +140,7 @@ def export(
         _save(draft / WEIGHTS, model.clip.state_dict())
         if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
             model.tokenizer.save_pretrained(draft)  # type: ignore[attr-defined]
-        facts["timm"] = _write_timm(draft / TIMM, model.clip.visual, config["preprocess_cfg"])
+        facts |= _write_timm(draft / TIMM, model.clip.visual, config["preprocess_cfg"])
         write_atomic(draft / PROVENANCE, to_json(facts, indent=2, inf_nan_mode="null"))
         for file in draft.rglob("*.safetensors"):
             file.chmod(draft.stat().st_mode & 0o666)  # safetensors writes for the owner alone; a cluster is shared
@@ -311,13 +323,15 @@ def _save(file: Path, state: Mapping[str, Tensor]) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def _write_timm(folder: Path, visual: nn.Module, preprocessing: Mapping[str, Any]) -> str | None:
-    """The image tower as timm's: its architecture there, None (and nothing written) where timm has none like it."""
-    found = _timm_model(visual)
-    if found is None:
-        return None
-    model, arguments = found
-    height, width = visual.image_size
+def _write_timm(folder: Path, visual: nn.Module, preprocessing: Mapping[str, Any]) -> dict[str, str | None]:
+    """The image tower as timm's, where timm has one like it.
+
+    Returns:
+        For the record: "timm", its architecture there; or None, and "timm_missing", why nothing was written.
+    """
+    if missing := _timm_lacks(visual):
+        return {"timm": None, "timm_missing": missing}
+    model, arguments = _timm_model(visual)
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}
     save_for_hf(
         model,
@@ -327,7 +341,7 @@ def _write_timm(folder: Path, visual: nn.Module, preprocessing: Mapping[str, Any
         model_args=arguments,
         safe_serialization=True,
         data_config={
-            "input_size": (3, height, width),
+            "input_size": (3, *native_size(visual)),
             "mean": tuple(preprocessing["mean"]),
             "std": tuple(preprocessing["std"]),
             "interpolation": preprocessing["interpolation"],
@@ -335,20 +349,46 @@ def _write_timm(folder: Path, visual: nn.Module, preprocessing: Mapping[str, Any
             "crop_mode": modes[preprocessing["resize_mode"]],
         },
     )
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    return {"timm": json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]}
 
 
-def _timm_model(visual: nn.Module) -> tuple[nn.Module, dict[str, Any] | None] | None:
-    """A model that `timm.create_model` can make from names and numbers alone, with the tower's weights."""
+def _timm_lacks(visual: nn.Module) -> str:
+    """What an image tower has that `timm.create_model` cannot make from names and numbers alone; "" if it can."""
     if isinstance(visual, TimmModel):
-        return visual.trunk, None  # timm recorded its own arguments
+        return ""
+    if isinstance(visual, ModifiedResNet):
+        blocks, width = _resnet_kind(visual)
+        return "" if (blocks, width) in _TIMM_RESNETS else f"a CLIP ResNet of {blocks} blocks and width {width}"
     if not is_plain_vit(visual):
-        return None
+        return "a ViT with an attention pool or blocks of open_clip's own"
+    if _timm_activation(visual.transformer.resblocks[0].mlp.gelu) is None:
+        return f"a ViT with the activation {type(visual.transformer.resblocks[0].mlp.gelu).__name__}"
+    return "" if visual.ln_post.eps in _TIMM_NORMS else f"a ViT whose LayerNorms have eps {visual.ln_post.eps:g}"
+
+
+def _timm_model(visual: nn.Module) -> tuple[nn.Module, dict[str, Any] | None]:
+    """A tower that timm has (`_timm_lacks`) as timm's, and the arguments that make it there; None: timm knows."""
+    if isinstance(visual, TimmModel):
+        return visual.trunk, None
+    return _timm_resnet(visual) if isinstance(visual, ModifiedResNet) else _timm_vit(visual)
+
+
+def _timm_resnet(visual: ModifiedResNet) -> tuple[nn.Module, dict[str, Any]]:
+    arguments = {"img_size": visual.image_size, "num_classes": visual.output_dim}
+    with torch.device("meta"):
+        model = timm.create_model(_TIMM_RESNETS[_resnet_kind(visual)], **arguments)
+    state = convert_resnet({f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, model)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model, arguments
+
+
+def _resnet_kind(visual: ModifiedResNet) -> tuple[tuple[int, ...], int]:
+    stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+    return tuple(len(stage) for stage in stages), visual.conv3.out_channels
+
+
+def _timm_vit(visual: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     first = visual.transformer.resblocks[0]
-    activation = _timm_activation(first.mlp.gelu)
-    norm = _TIMM_NORMS.get(visual.ln_post.eps)
-    if activation is None or norm is None:
-        return None
     vit = vit_to_timm(visual)
     patch = visual.patch_size[0]
     arguments = {
@@ -363,9 +403,9 @@ def _timm_model(visual: nn.Module) -> tuple[nn.Module, dict[str, Any] | None] | 
         "pre_norm": not isinstance(visual.ln_pre, nn.Identity),
         "fc_norm": visual.final_ln_after_pool,
         "init_values": None if isinstance(first.ls_1, nn.Identity) else 1.0,
-        "act_layer": activation,
+        "act_layer": _timm_activation(first.mlp.gelu),
         "dynamic_img_size": True,
-        **norm,
+        **_TIMM_NORMS[visual.ln_post.eps],
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     name = _TIMM_NAMES.get((vit.embed_dim, len(vit.blocks), patch), "vit_base_patch16_clip_224")
@@ -400,23 +440,26 @@ def _verify(folder: Path, model: TwoTowers) -> None:
         loaded = open_clip.create_model(name, device=device).eval()
         tokenizer = open_clip.get_tokenizer(name)
     tokens = model.tokenizer(list(_CAPTIONS))
-    images = (
-        torch.rand(2, 3, *clip.visual.image_size, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
-    )
+    height, width = native_size(clip.visual)
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+    # Where the patches do not fill that size (14 pixels in 384), open_clip leaves the rest of an image out, and the
+    # tower in training and timm's, made for any whole number of patches, take no such image.
+    stride = map_stride(clip.visual)
+    filled = images[..., : height // stride * stride, : width // stride * stride]
     wrong = []
     if not torch.equal(tokenizer(list(_CAPTIONS)), tokens.cpu()):
         wrong.append("its tokenizer gives other tokens")
     with _evaluated(clip), torch.no_grad():
-        image, text = clip.encode_image(images, normalize=True), clip.encode_text(tokens.to(device), normalize=True)
+        image, text = clip.encode_image(filled, normalize=True), clip.encode_text(tokens.to(device), normalize=True)
         trunk = clip.visual.trunk if isinstance(clip.visual, TimmModel) else clip.visual
-        raw = trunk(images)
+        raw = trunk(filled)
         pairs = {
             "images": (image, loaded.encode_image(images, normalize=True)),
             "texts": (text, loaded.encode_text(tokens.to(device), normalize=True)),
         }
         if (folder / TIMM).exists():
             tower = timm.create_model(f"{LOCAL_DIR}{folder / TIMM}", pretrained=True).to(device).eval()
-            pairs["images in timm"] = tuple(nn.functional.normalize(x, dim=-1) for x in (raw, tower(images)))
+            pairs["images in timm"] = tuple(nn.functional.normalize(x, dim=-1) for x in (raw, tower(filled)))
     for what, (ours, theirs) in pairs.items():
         difference = (ours.float() - theirs.float()).abs().max().item()
         if not difference <= _TOLERANCE:

@@ -14,32 +14,37 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
-from open_clip import transformer as oc
 from open_clip.timm_model import TimmModel
-from timm.layers import resample_abs_pos_embed
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from clipbench.backbones.checkpoint import CheckpointMismatch, some
-from clipbench.backbones.openclip_models import Intermediates, OpenClipLibrary, any_size, is_plain_vit
+from clipbench.backbones.openclip_models import OpenClipLibrary, any_size
 from clipbench.backbones.sources import resolve
 from clipbench.errors import UsageError
 from clipbench.registry import load_registry
 from clipbench.training.heads import TaskHead
 from clipbench.training.losses import full
 from clipbench.training.recipe import Optimizer, Recipe, Task
+from clipbench.training.towers import (
+    WORKS,
+    check_sizes,
+    check_tower,
+    embed,
+    map_channels,
+    map_stride,
+    native_size,
+    statistics,
+    synchronise,
+)
 
 MAX_SCALE = 100.0  # CLIP's own limit (arXiv 2103.00020, section 2.5)
 
-_WORKS = (
-    "Models with a plain ViT can be trained: openclip:ViT-B-16, openclip:ViT-B-16/laion2b_s34b_b88k, "
-    "openclip:ViT-B-16-SigLIP, openclip:EVA02-B-16, …\nAll of open_clip: clipbench list backbones 'openclip:*'"
+# Learnt tokens, and the layer scale of maps (C, 1, 1), that no model's own `no_weight_decay` lists everywhere; decay
+# would pull them to the origin.
+_UNDECAYED = frozenset(
+    {"class_embedding", "positional_embedding", "pos_embed", "cls_token", "reg_token", "latent", "gamma"}
 )
-# Learnt tokens that no model's own `no_weight_decay` lists everywhere; decay would pull them to the origin.
-_TOKENS = frozenset({"class_embedding", "positional_embedding", "pos_embed", "cls_token", "reg_token", "latent"})
 
 
 @dataclass
@@ -48,7 +53,8 @@ class Encoded:
 
     Attributes:
         image, text: (B, D) float32, L2-normalised.
-        patches: (B, C, h, w), last-layer patch map after the final norm: what dense probes of the model read.
+        patches: (B, C, h, w), last-layer patch map, after the final norm where a tower norms before it pools: what
+            dense probes of the model read.
     """
 
     image: Tensor
@@ -70,8 +76,8 @@ class TrainedCLIP(nn.Module):
         clip, tokenizer: As given; `clip.state_dict()` is what open_clip loads.
         heads: `TaskHead` by task.
         mean, std: (1, 3, 1, 1); not in the state dict.
-        patch: Pixels.
-        image_size: (height, width) that the position embedding was made for.
+        patch: Pixels; of a tower that is no ViT, the stride of its map.
+        image_size: (height, width) that the image tower was made for.
         context_length: Tokens of a text.
     """
 
@@ -93,8 +99,8 @@ class TrainedCLIP(nn.Module):
         self.tokenizer = tokenizer
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.patch = _patch(clip.visual)
-        self.image_size: tuple[int, int] = tuple(clip.visual.image_size)
+        self.patch = map_stride(clip.visual)
+        self.image_size = native_size(clip.visual)
         self.context_length = int(getattr(tokenizer, "context_length", None) or clip.context_length)
         self._clamp = clamp
 
@@ -116,9 +122,9 @@ class TrainedCLIP(nn.Module):
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"images must have sides divisible by the patch, {self.patch}; got {height}×{width}")
-        found = _intermediates(self.clip.visual, (images - self.mean) / self.std)
+        image, patches = embed(self.clip.visual, (images - self.mean) / self.std)
         text = self.clip.encode_text(texts, normalize=False)
-        return Encoded(_unit(found["image_features"]), _unit(text), found["image_intermediates"][-1])
+        return Encoded(_unit(image), _unit(text), patches)
 
     def predict(self, patches: Tensor, size: Sequence[int]) -> dict[Task, Tensor]:
         """Every head's prediction, (B, channels, H, W) float32; see `TaskHead`.
@@ -139,6 +145,20 @@ class TrainedCLIP(nn.Module):
         """What is added to the logits (SigLIP's); None where the model has none."""
         bias = self.clip.logit_bias
         return None if bias is None else bias.squeeze()
+
+    def statistics(self) -> list[Tensor]:
+        """Copies of what batch norm has gathered, for `restore_statistics_`; empty for towers without it.
+
+        Each pass in training mode adds to them, so that a pass that is no part of a step has to give them back.
+        """
+        return [buffer.clone() for part in statistics(self.clip) for buffer in part.buffers(recurse=False)]
+
+    @torch.no_grad()
+    def restore_statistics_(self, kept: Sequence[Tensor]) -> None:
+        """Puts back what `statistics` gave."""
+        own = (buffer for part in statistics(self.clip) for buffer in part.buffers(recurse=False))
+        for buffer, value in zip(own, kept, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -181,8 +201,8 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
 
     Raises:
         UnknownNameError: No such alias, architecture or tag.
-        UsageError: Not a two-tower model of open_clip with a plain ViT; or one that the recipe's loss or size does not
-            fit.
+        UsageError: Not a two-tower model of open_clip, or its image tower has no patch map (`check_tower`); or the
+            recipe's loss, size, chunks or gradient checkpointing, or the number of processes, does not fit it.
         ClipbenchError: Weights cannot be fetched or do not fit.
     """
     entry = load_registry().backbone(recipe.model.source)
@@ -196,7 +216,7 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
         entry = entry.model_copy(update={"checkpoint": recipe.model.checkpoint})
     entry, library, checkpoint = resolve(entry)
     if not isinstance(library, OpenClipLibrary):
-        raise UsageError(f"model.source {recipe.model.source} has no text tower of open_clip", _WORKS)
+        raise UsageError(f"model.source {recipe.model.source} has no text tower of open_clip", WORKS)
     spec = library.input(None)  # type: ignore[arg-type]  # it reads configurations alone
     own = entry.input  # the registry's word against open_clip's
     mean, std = (own and own.mean) or spec.mean, (own and own.std) or spec.std
@@ -205,7 +225,11 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
         torch.default_generator.manual_seed(recipe.seed)  # not torch.manual_seed, which seeds those of all GPUs too
         published = checkpoint is None and library.published is not None
         clip, report = library.two_towers(published=published, checkpoint=checkpoint)
+        visual = clip.visual
         _check(library.source, clip, recipe)
+        if isinstance(visual, TimmModel):
+            visual.trunk = any_size(visual.trunk)
+        check_sizes(library.source, visual, [recipe.resolution.size, *recipe.resolution.sizes])
         missing = [] if report is None else [n for n in report.unfilled if n not in ("logit_scale", "logit_bias")]
         if missing:
             raise CheckpointMismatch(
@@ -213,10 +237,7 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
                 f"{some(missing)}",
                 "Training needs both towers; give the whole model's state dict.",
             )
-        visual = clip.visual
-        if isinstance(visual, TimmModel):
-            visual.trunk = any_size(visual.trunk)
-        width = visual.trunk.num_features if isinstance(visual, TimmModel) else visual.transformer.width
+        width = map_channels(visual)
         heads: dict[Task, TaskHead] = {}
         for task in (t for t in get_args(Task) if t in channels):
             kappa = task == "normals" and recipe.losses.normals == "angmf"
@@ -224,6 +245,7 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
     if recipe.losses.contrastive == "clip" and clip.logit_bias is not None:
         # InfoNCE does not depend on it. Adam would blow its rounding errors up to whole steps.
         clip.logit_bias.requires_grad_(False)
+    synchronise(library.source, clip)
     if recipe.model.gradient_checkpointing:
         clip.set_grad_checkpointing(True)
     clamp = recipe.losses.contrastive == "clip"
@@ -232,29 +254,17 @@ def build_model(recipe: Recipe, channels: Mapping[Task, int]) -> TrainedCLIP:
 
 def _check(source: str, clip: nn.Module, recipe: Recipe) -> None:
     """Refuse what cannot be trained here."""
-    visual = clip.visual
-    if isinstance(visual, oc.VisionTransformer):
-        if not is_plain_vit(visual):
-            raise UsageError(f"{source}: its image tower has an attention pool (CoCa) or blocks of its own", _WORKS)
-        drops = not isinstance(visual.patch_dropout, nn.Identity)
-    elif isinstance(visual, TimmModel) and isinstance(visual.trunk, VisionTransformer | Eva):
-        if not visual.trunk.global_pool:
-            raise UsageError(f"{source}: its image tower pools outside of its trunk", _WORKS)
-        drops = isinstance(visual.trunk.patch_drop, nn.Module) and not isinstance(visual.trunk.patch_drop, nn.Identity)
-    else:
-        kind = type(visual.trunk if isinstance(visual, TimmModel) else visual).__name__
-        raise UsageError(f"{source}: its image tower ({kind}) is no plain ViT, whose patches heads could read", _WORKS)
-    if drops:
-        raise UsageError(
-            f"{source}: its image tower drops patches in training, so that it has no whole patch map",
-            "Set patch_dropout in the vision_cfg of its model_cfg to 0.",
-        )
-    patch = _patch(visual)
-    for size in {recipe.resolution.size, *recipe.resolution.sizes}:
-        if size % patch:
-            near = ", ".join(str(n) for n in (size // patch * patch, -(-size // patch) * patch) if n)
+    check_tower(source, clip)
+    if any(statistics(clip)):
+        # The two passes of a chunk would add its statistics twice, and its norms would be of the chunk; recomputed
+        # layers see a batch twice as well.
+        settings = {"chunks": recipe.chunks > 1, "model.gradient_checkpointing": recipe.model.gradient_checkpointing}
+        if asked := [name for name, is_on in settings.items() if is_on]:
             raise UsageError(
-                f"resolution {size} is no multiple of the patch of {source}, {patch} pixels", f"Nearest: {near}."
+                f"{source} has batch norm, whose statistics are those of one pass of the whole batch: it cannot be "
+                f"trained with {' and '.join(asked)}",
+                "--set chunks=1 --set model.gradient_checkpointing=False, and a batch that fits the memory (precision "
+                "bf16 and more GPUs help); or a tower without batch norm: ViTs, ConvNeXt.",
             )
     if recipe.losses.contrastive == "siglip" and clip.logit_bias is None:
         raise UsageError(
@@ -264,32 +274,13 @@ def _check(source: str, clip: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def _patch(visual: nn.Module) -> int:
-    if isinstance(visual, TimmModel):
-        return int(visual.trunk.patch_embed.feat_ratio())
-    return int(max(visual.patch_size))
-
-
-def _intermediates(visual: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Patch map of the last layer and embedding, in one pass, for normalised images of any size."""
-    # Where the final norm comes after the pooling, patches have none: timm leaves it out by itself, open_clip does not.
-    options = {"indices": 1, "normalize_intermediates": not getattr(visual, "final_ln_after_pool", False)}
-    grid = [x.shape[-2] // _patch(visual), x.shape[-1] // _patch(visual)]
-    if isinstance(visual, TimmModel) or grid == list(visual.grid_size):
-        found: dict[str, Any] = visual.forward_intermediates(x, **options)
-        return found
-    position = resample_abs_pos_embed(visual.positional_embedding[None], grid, list(visual.grid_size))[0]
-    at_size = {"visual.positional_embedding": position}
-    return cast("dict[str, Any]", functional_call(Intermediates(visual), at_size, (x,), options))
-
-
 def _unit(features: Tensor) -> Tensor:
     return F.normalize(full(features), dim=-1)
 
 
 def _undecayed(model: nn.Module) -> set[str]:
     """Names of the parameters that take no weight decay."""
-    named = {n for n, p in model.named_parameters() if p.ndim < 2 or n.rpartition(".")[2] in _TOKENS}
+    named = {n for n, p in model.named_parameters() if p.ndim < 2 or n.rpartition(".")[2] in _UNDECAYED}
     for place, module in model.named_modules():
         own = getattr(module, "no_weight_decay", None)
         if callable(own):

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Task = Literal["segmentation", "depth", "normals"]
 Loss = Literal["clip", "segmentation", "depth", "normals"]
@@ -171,6 +179,8 @@ class Recipe(_Part):
         chunks: Parts in which a process's share goes through the towers, so that it fits the memory; the loss and its
             gradients stay those of the whole batch.
         precision: "fp32", "bf16" or "fp16".
+        sharding: "none": every process holds the whole model. "fsdp": parameters, gradients and AdamW's state are split
+            over the processes (FSDP); not with `ema` nor fp16.
         ema: Momentum with which averaged weights follow; None for none.
         seed: Decides initial weights, order, captions and augmentation.
         checkpoint_interval, log_interval: Steps.
@@ -188,6 +198,7 @@ class Recipe(_Part):
     batch_size: Annotated[int, Field(ge=2)]
     chunks: _Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sharding: Literal["none", "fsdp"] = "none"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_interval: _Count = 1000
@@ -206,7 +217,19 @@ class Recipe(_Part):
             raise ValueError("optimizer.min_lr exceeds optimizer.lr")
         if not math.isfinite(sum(self.losses.weights.values())):
             raise ValueError("losses.weights must be finite")
+        if self.sharding == "fsdp" and self.ema is not None:
+            raise ValueError("sharding 'fsdp' keeps no averaged weights, whole in each process: ema=None")
+        if self.sharding == "fsdp" and self.precision == "fp16":
+            raise ValueError("sharding 'fsdp' has no loss scaling for fp16: precision='bf16'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without sharding where there is none, so that runs from before there was that setting can be resumed."""
+        content: dict[str, Any] = serialise(self)
+        if content.get("sharding") == "none":
+            del content["sharding"]
+        return content
 
     @property
     def tasks(self) -> tuple[Task, ...]:

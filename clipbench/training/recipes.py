@@ -11,6 +11,7 @@ of a top-level name acts before the file runs, one of a nested value (`--set opt
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,10 @@ def load_recipe(info: TrainRecipeInfo, overrides: Mapping[str, Any] | None = Non
             where = ".".join(map(str, one["loc"]))
             if one["type"] == "extra_forbidden":
                 problems.append(_unknown(where, names))
+            elif one["type"] == "literal_error" and one["loc"][-1] == "[key]":  # of a mapping, such as losses.weights
+                group = ".".join(map(str, one["loc"][:-2]))
+                known = re.findall(r"'(.*?)'", one["ctx"]["expected"])
+                problems.append(f"{group}.{_unknown(one['input'], known)}")
             else:
                 message = one["msg"].removeprefix("Value error, ")
                 problems.append(f"{where}: {message}, got {one['input']!r}" if where else message)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import LOOPS
+from mmengine.hooks import EMAHook, Hook, LoggerHook
+from mmengine.logging import MMLogger
+from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
@@ -22,12 +25,15 @@ from clipbench.processes import agree, anywhere, gather, rank
 from clipbench.signals import InterruptedRunError, StopRequest
 from clipbench.training.batch import Batch
 from clipbench.training.engine import Skipped, TrainEngine
+from clipbench.training.preflight import BACKENDS
 from clipbench.training.recipe import Recipe
+from clipbench.training.shared import RESUME_HINT
 from clipbench.training.stream import TrainStream
 
 CHECKPOINT = "checkpoint.pth"
-RESUME_HINT = "The same command with --resume goes on from the last checkpoint."
-BACKENDS = {"json": "LocalVisBackend", "tensorboard": "TensorboardVisBackend", "wandb": "WandbVisBackend"}
+# Numbers of a log line that are means over the steps since the last one: all but norms that are measured once a line,
+# a throughput that is a mean already, and the step's rates.
+_MEANS = r"^(?!gradient_norm_|images_per_second$|.*lr$)"
 
 
 class Batches:
@@ -65,7 +71,10 @@ class StreamTrainLoop(IterBasedTrainLoop):
         batches = self.dataloader.start(self._iter)
         while self._iter < self._max_iters and not self.stop_training:
             runner.model.train()
-            self.run_iter(next(batches))
+            runner.step_began = time.perf_counter()
+            batch = next(batches)
+            runner.waited = time.perf_counter() - runner.step_began
+            self.run_iter(batch)
         batches.close()
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
@@ -73,7 +82,43 @@ class StreamTrainLoop(IterBasedTrainLoop):
 
 
 class TrainRunner(DeviceRunner):
-    """Runner for a `TrainEngine`; checkpoints replace each other atomically."""
+    """Runner for a `TrainEngine`; checkpoints replace each other atomically.
+
+    Of mmengine's own files (a folder a start with a second log, a configuration without content, a second copy of the
+    numbers) it writes none.
+
+    Args:
+        kwargs: Of `DeviceRunner`.
+
+    Attributes:
+        stop: The wish to stop, for hooks.
+        saved: Steps done at the last checkpoint; None before the first of this session.
+        step_began: When the current step asked for its batch, `time.perf_counter` seconds.
+        waited: For how long it waited for it, seconds.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.stop = StopRequest()
+        self.saved: int | None = None
+        self.step_began = 0.0
+        self.waited = 0.0
+        super().__init__(**kwargs)
+        with contextlib.suppress(OSError):
+            Path(self.log_dir).rmdir()  # made by mmengine for its log
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
+        """As every Runner's; a sharded model is in place, and no two processes hold the same of it."""
+        return model if model.shards is not None else super().wrap_model(model_wrapper_cfg, model)
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """mmengine's without a file: `log_to_file` has what it says."""
+        logger: MMLogger = MMLogger.get_instance(
+            self.experiment_name, log_level=log_level, log_file=log_file, file_mode="a", **kwargs
+        )
+        return logger
+
+    def dump_config(self) -> None:
+        """Nothing: `run.json` has the recipe."""
 
     def save_progress(self, steps_done: int) -> None:
         """Write the checkpoint, whole or not at all. All processes must call it; the first one writes.
@@ -83,6 +128,8 @@ class TrainRunner(DeviceRunner):
         """
         engine: TrainEngine = self.model
         replaced = sum(gather(engine.skipped.samples))
+        if engine.shards is not None:
+            engine.shards.gather(engine, self.optim_wrapper)
         problem: ClipbenchError | None = None
         if rank() == 0:
             folder = Path(self.work_dir)
@@ -98,6 +145,7 @@ class TrainRunner(DeviceRunner):
                 temporary.unlink(missing_ok=True)
         if (told := agree(problem and (problem.message, problem.hint))) is not None:
             raise NotSavedError(*told)
+        self.saved = steps_done
 
     def load_progress(self) -> None:
         """Resume from the checkpoint in the work folder where there is one."""
@@ -122,8 +170,46 @@ class NotSavedError(ClipbenchError):
     everywhere = True
 
 
+@HOOKS.register_module()
+class LineHook(LoggerHook):
+    """mmengine's lines in the log, without its second copy of them in a file of each start."""
+
+    def before_run(self, runner: Runner) -> None:
+        """Name no such file."""
+        super().before_run(runner)
+        self.json_log_path = None
+
+
+class ClockHook(Hook):
+    """Times of a step, without what comes after it: checkpoints, probes.
+
+    `time` and `data_time` are seconds of a step and of waiting for its data, `images_per_second` is over all processes
+    and the last `window` steps.
+
+    Args:
+        window: Steps.
+    """
+
+    priority = "NORMAL"  # before the log's line
+
+    def __init__(self, window: int) -> None:
+        self._steps: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
+    ) -> None:
+        """Measure."""
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        seconds = time.perf_counter() - runner.step_began
+        self._steps.append((len(data_batch) * world, seconds))
+        images, total = map(sum, zip(*self._steps, strict=True))
+        numbers = {"time": seconds, "data_time": runner.waited, "images_per_second": images / total}
+        for name, value in numbers.items():
+            runner.message_hub.update_scalar(f"train/{name}", value)
+
+
 class ProgressHook(Hook):
-    """Reports steps, saves, and stops the run when asked to.
+    """Reports steps and saves.
 
     Args:
         on_step: Called after each step with (steps done, numbers of the step).
@@ -136,44 +222,49 @@ class ProgressHook(Hook):
     def __init__(self, on_step: Callable[[int, dict[str, float]], None], interval: int) -> None:
         self._on_step = on_step
         self._interval = interval
-        self._stop = StopRequest()
-        self._then = 0.0
 
-    def before_train(self, runner: Runner) -> None:
+    def before_train(self, runner: Any) -> None:
         """From here on Ctrl-C and SIGTERM end the run at a step's end."""
-        self._stop.listen()
-        self._then = time.perf_counter()
+        runner.stop.listen()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
     ) -> None:
-        """Report, save, stop."""
+        """Report, save."""
         done = batch_idx + 1
-        now = time.perf_counter()
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        runner.message_hub.update_scalar("train/images_per_second", len(data_batch) * world / (now - self._then))
-        self._then = now
         for problem in data_batch.problems:
             runner.logger.warning(f"replaced by another sample: {problem}")
         self._on_step(done, outputs or {})
-        asked = anywhere(self._stop.made)
         # While steps fail, the last checkpoint from before is worth more than one of now.
         due = done % self._interval == 0 and not runner.model.skipped.in_row
-        if asked or due or done == runner.max_iters:
+        if due or done == runner.max_iters:
             runner.save_progress(done)
-        if asked and done < runner.max_iters:
-            raise InterruptedRunError(
-                f"stopped at step {done} of {runner.max_iters}; everything up to here is saved",
-                "The same command with --resume goes on from here.",
-            )
 
-    def after_train(self, runner: Runner) -> None:
-        """Give the signals back."""
-        self.close()
 
-    def close(self) -> None:
-        """Give the signals back, also after an error."""
-        self._stop.close()
+class StopHook(Hook):
+    """Saves and ends the run when it is asked to; last of all, so that a wish during a probe is heard at once."""
+
+    priority = "VERY_LOW"
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
+    ) -> None:
+        """Stop, where it is wished in any process."""
+        done = batch_idx + 1
+        if not anywhere(runner.stop.made):
+            return
+        if runner.saved != done:
+            runner.save_progress(done)
+        if done < runner.max_iters:
+            raise stopped(done, runner.max_iters)
+
+
+def stopped(done: int, steps: int) -> InterruptedRunError:
+    """The end of a run that was asked to stop, and is saved."""
+    return InterruptedRunError(
+        f"stopped at step {done} of {steps}; everything up to here is saved",
+        "The same command with --resume goes on from here.",
+    )
 
 
 def schedule(recipe: Recipe) -> list[dict[str, Any]]:
@@ -206,7 +297,7 @@ def run(
         device: Where to run.
         work_dir: For checkpoint and log.
         on_step: Called after each step with (steps done, numbers of the step).
-        hooks: More, called after a checkpoint was written.
+        hooks: More, called after a checkpoint was written, and before a wish to stop is heard.
         loggers: Names in `BACKENDS`.
 
     Returns:
@@ -216,10 +307,18 @@ def run(
         InterruptedRunError, BadStepsError, NotSavedError: See there.
     """
     recipe = engine.recipe
-    progress = ProgressHook(on_step, recipe.checkpoint_interval)
-    custom: list[Any] = [progress, *hooks]
+    custom: list[Any] = [
+        ClockHook(recipe.log_interval),
+        ProgressHook(on_step, recipe.checkpoint_interval),
+        *hooks,
+        StopHook(),  # hooks of one priority are called in this order
+    ]
     if recipe.ema is not None:
-        custom.append({"type": "EMAHook", "ema_type": "ExponentialMovingAverage", "momentum": recipe.ema})
+        # Batch norm's statistics belong to the weights that they were gathered with, and so are averaged with them.
+        kind = {"ema_type": "ExponentialMovingAverage", "update_buffers": bool(engine.model.statistics())}
+        custom.append({"type": "EMAHook", "momentum": recipe.ema, **kind})
+    if engine.shards is not None:
+        custom.append(engine.shards)
     runner = TrainRunner(
         device=device,
         model=engine,
@@ -228,12 +327,21 @@ def run(
         train_cfg={"type": "StreamTrainLoop", "max_iters": recipe.steps},
         optim_wrapper=engine.optimiser(),
         param_scheduler=schedule(recipe),
-        default_hooks={"checkpoint": None, "logger": {"type": "LoggerHook", "interval": recipe.log_interval}},
+        default_hooks={
+            "checkpoint": None,
+            "timer": None,
+            "logger": {"type": "LineHook", "interval": recipe.log_interval},
+        },
         custom_hooks=custom,
         default_scope="mmengine",
         randomness={"seed": recipe.seed},
         experiment_name=f"{work_dir.name}-{uuid.uuid4().hex[:8]}",  # mmengine keeps a hub a name in each process
-        log_processor={"type": "LogProcessor", "by_epoch": False, "window_size": recipe.log_interval},
+        log_processor={
+            "type": "LogProcessor",
+            "by_epoch": False,
+            "window_size": recipe.log_interval,
+            "mean_pattern": _MEANS,
+        },
         visualizer={
             "type": "Visualizer",
             "vis_backends": [{"type": BACKENDS[name]} for name in loggers] if rank() == 0 else [],
@@ -243,7 +351,7 @@ def run(
     try:
         runner.train()
     finally:
-        progress.close()
+        runner.stop.close()
         runner.visualizer.close()
     return runner
 

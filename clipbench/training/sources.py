@@ -236,7 +236,7 @@ def as_it_is(value: Any) -> Any:
 
 
 def quiet_worker(_: int) -> None:
-    """A loader's process leaves Ctrl-C and SIGTERM to the main one, which saves; one thread each is enough.
+    """A loader's process leaves Ctrl-C, SIGTERM and Slurm's warning to the main one; one thread each is enough.
 
     Terminals and launchers signal a whole group of processes, and a loader that dies takes the unsaved steps with it:
     so it gets a group of its own. It cannot ignore SIGTERM, by which it is ended itself when the program is.
@@ -245,7 +245,8 @@ def quiet_worker(_: int) -> None:
 
     cv2.setNumThreads(0)
     os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Hugging Face's warn, and then hang, after a fork
 
 

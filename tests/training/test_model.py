@@ -25,7 +25,7 @@ VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"timm_model_name": "test_vit2", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
-# Every kind of image tower that can be trained.
+# Every kind of plain ViT; other towers are in test_towers.py.
 TOWERS = {
     "vit": {"vision_cfg": VIT},
     "quickgelu": {"vision_cfg": VIT, "quick_gelu": True},
@@ -336,15 +336,12 @@ def test_stochastic_depth_of_a_timm_trunk_is_kept(toy):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}}, {}, "ModifiedResNet.* no plain ViT"),
-        ({"vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg"}}, {}, "no plain ViT"),
-        ({"vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_heads": 4}}, {}, "attention pool"),
         ({"vision_cfg": {**VIT, "patch_dropout": 0.5}}, {}, "drops patches"),
         ({"vision_cfg": {**TIMM, "patch_dropout": 0.5}, "embed_dim": 64}, {}, "drops patches"),
         ({}, {"size": 36}, r"36 is no multiple .* 8 pixels\nNearest: 32, 40"),
         ({}, {"losses": {"contrastive": "siglip"}}, "needs a model with a logit bias"),
     ],
-    ids=["resnet", "convnext", "coca", "patch dropout", "timm patch dropout", "size", "no bias"],
+    ids=["patch dropout", "timm patch dropout", "size", "no bias"],
 )
 def test_what_cannot_be_trained_is_refused(config, options, message, toy):
     with pytest.raises(UsageError, match=message):

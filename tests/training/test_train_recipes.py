@@ -101,3 +101,12 @@ def test_a_recipe_in_the_working_directory_wins_and_broken_ones_are_reported_tog
 
 def test_differences_go_by_dotted_name():
     assert list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None})) == ["a.c: 2 → 3"]
+
+
+def test_a_misspelt_loss_or_task_names_the_nearest_one():
+    with pytest.raises(UsageError) as caught:
+        load_recipe(
+            find_recipe("toy_cliptex"), {"losses.weights.dept": 2.0, "data.labels.normal": "toy-normals-expert"}
+        )
+    assert "losses.weights.dept: no such setting; did you mean depth?" in caught.value.message
+    assert "data.labels.normal: no such setting; did you mean normals?" in caught.value.message

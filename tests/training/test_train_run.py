@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from tiny_run import COUNT, SIDE, at_step, tiny_recipe, write_labelled, write_model
 
 from clipbench import mmlab
-from clipbench.data.image_text import ShardWriter
-from clipbench.data.labelled import ExpertRecord, Manifest, Settings, ShardStats, Totals
-from clipbench.data.pseudo_labels import PseudoLabel, encode_label
-from clipbench.errors import ClipbenchError, UsageError
+from clipbench.errors import ClipbenchError
+from clipbench.screen import Screen
 from clipbench.signals import InterruptedRunError
-from clipbench.training.recipe import Recipe
 
 mmlab.setup()
 
@@ -29,50 +27,7 @@ from clipbench.training import engine as engine_module  # noqa: E402
 from clipbench.training import run as run_module  # noqa: E402
 from clipbench.training import runner as runner_module  # noqa: E402
 from clipbench.training.engine import BadStepsError  # noqa: E402
-
-SIDE, COUNT = 32, 12
-EXPERTS = {
-    "seg": ExpertRecord(task="segmentation", source="s", weights="w", weights_sha256="0" * 64, classes=("a", "b", "c")),
-    "depth": ExpertRecord(task="depth", source="s", weights="w", weights_sha256="0" * 64, scale="metric", bits=16),
-}
-
-
-def write_labelled(root: Path) -> Path:
-    """A labelled folder of noise, in one shard."""
-    rng = np.random.default_rng(0)
-    root.mkdir()
-    with ShardWriter(root / "00000.tar") as shard:
-        for i in range(COUNT):
-            valid = np.ones((SIDE, SIDE), bool)
-            labels = {
-                "seg": PseudoLabel("segmentation", rng.integers(0, 3, (SIDE, SIDE)).astype(np.int32), valid),
-                "depth": PseudoLabel("depth", rng.uniform(0.1, 1, (SIDE, SIDE)).astype(np.float32), valid),
-            }
-            encoded = {name: encode_label(label, EXPERTS[name].format) for name, label in labels.items()}
-            stream = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(stream, "PNG")
-            facts = {"clipbench": {"labels": {name: one.facts for name, one in encoded.items()}}}
-            shard.add(f"{i:09d}", "png", stream.getvalue())
-            shard.add(f"{i:09d}", "txt", f"caption number {i}".encode())
-            shard.add(f"{i:09d}", "json", json.dumps(facts).encode())
-            for name, one in encoded.items():
-                shard.add(f"{i:09d}", f"{name}.png", one.label)
-        shard.finish()
-    stats = ShardStats(input="in/00000.tar", input_bytes=1, samples=COUNT)
-    (root / "00000_stats.json").write_text(stats.model_dump_json())
-    manifest = Manifest(settings=Settings(), experts=EXPERTS, complete=True, totals=Totals(samples=COUNT))
-    (root / "manifest.json").write_text(manifest.model_dump_json())
-    return root
-
-
-def write_model(root: Path) -> Path:
-    """A tiny model without weights, as open_clip's local-dir."""
-    vision = {"image_size": SIDE, "patch_size": 8, "layers": 1, "width": 64, "head_width": 32}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    config = {"model_cfg": {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
-    root.mkdir()
-    (root / "open_clip_config.json").write_text(json.dumps(config))
-    return root
+from clipbench.training.rehearsal import peak_memory_mb, rehearse  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +39,7 @@ def places(tmp_path_factory):
 @pytest.fixture
 def recipe(places, tmp_path, monkeypatch):
     monkeypatch.setenv("CLIPBENCH_CACHE", str(tmp_path / "cache"))
-    labelled, model = places
-    return Recipe.model_validate(
-        {
-            "model": {"source": f"openclip:local-dir:{model}"},
-            "data": {
-                "sources": [{"shards": str(labelled)}],
-                "labels": {"segmentation": "seg", "depth": "depth"},
-                "workers": 0,
-            },
-            "augmentation": {"scale": (0.5, 1.0), "flip": 0.5, "range_augment": {}},
-            "resolution": {"size": SIDE},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2, "clip_grad": 1.0},
-            "steps": 6,
-            "batch_size": 4,
-            "ema": 0.1,
-            "checkpoint_interval": 2,
-            "log_interval": 2,
-        }
-    )
+    return tiny_recipe(*places)
 
 
 def train(recipe, name, **options):
@@ -127,21 +64,6 @@ def state(name):
 
     walk(kept, "")
     return flat
-
-
-def at_step(monkeypatch, number, act):
-    """Call `act(losses)` on what the numbered step (from 1) gives; `contrastive_step` itself is the real one."""
-    real, calls = engine_module.contrastive_step, []
-
-    def step(model, batch, recipe, *arguments, **options):
-        losses = real(model, batch, recipe, *arguments, **options)
-        if "augment" in options:  # the step itself, not the measuring of gradients
-            calls.append(1)
-            if number(len(calls)):
-                act(losses)
-        return losses
-
-    monkeypatch.setattr(engine_module, "contrastive_step", step)
 
 
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(recipe, monkeypatch):
@@ -185,6 +107,44 @@ def test_what_is_logged_and_exported(recipe):
     averaged = load_file(result.folder / "open_clip_model.safetensors")["logit_scale"]
     last = torch.load("runs/one/checkpoint.pth", weights_only=False)["ema_state_dict"]["module.model.clip.logit_scale"]
     assert not torch.equal(averaged, last)  # mmengine swaps the two in a checkpoint
+
+
+def test_numbers_of_a_line_are_means_of_its_steps_but_for_rates_and_measured_norms(recipe, monkeypatch):
+    steps = []
+    real = engine_module.TrainEngine.train_step
+
+    def step(self, data, optim_wrapper):
+        steps.append(real(self, data, optim_wrapper))
+        time.sleep(0.05 * len(steps))
+        return steps[-1]
+
+    monkeypatch.setattr(engine_module.TrainEngine, "train_step", step)
+    train(recipe.model_copy(update={"log_interval": 3, "ema": None}), "one")
+    lines = [json.loads(line) for line in Path("runs/one/vis_data/scalars.json").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line, of in zip(lines, (steps[:3], steps[3:]), strict=True):
+        for name in ("loss", "clip", "segmentation", "depth", "range_augment", "logit_scale", "gradient_norm"):
+            assert line[name] == pytest.approx(np.mean([one[name] for one in of])), name
+        assert line["gradient_norm_depth"] == of[-1]["gradient_norm_depth"]  # measured once
+        assert line["images_per_second"] == pytest.approx(4 / line["time"])
+        assert line["time"] > line["data_time"]
+    assert lines[1]["time"] > 0.25
+
+
+def test_a_run_leaves_the_files_that_are_documented_and_no_others(recipe):
+    train(recipe, "one")
+    found = {path.name for path in Path("runs/one").iterdir()}
+    assert found == {"run.json", "checkpoint.pth", "log.txt", "vis_data", "export"}
+    assert [path.name for path in Path("runs/one/vis_data").iterdir()] == ["scalars.json"]
+    assert "Iter(train)" in Path("runs/one/log.txt").read_text()
+
+
+def test_labels_that_are_not_finished_are_a_warning(recipe, places, tmp_path, capsys):
+    copy = shutil.copytree(places[0], tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    train(tiny_recipe(copy, places[1], steps=2), "one", screen=Screen())
+    assert f"{copy} is not labelled to its end" in capsys.readouterr().err
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine(recipe):
@@ -275,57 +235,46 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(recipe, monkeypatch):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_another_recipe_is_not_resumed(recipe, monkeypatch):
-    at_step(monkeypatch, lambda step: step == 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(InterruptedRunError):
-        train(recipe, "one", command="clipbench train this")
-    with pytest.raises(UsageError, match="holds a run already"):
-        train(recipe, "one")
-    other = recipe.model_copy(
-        update={"steps": 8, "optimizer": recipe.optimizer.model_copy(update={"lr": 0.5}), "log_interval": 1}
-    )
-    with pytest.raises(UsageError) as caught:
-        train(other, "one", resume=True)
-    assert caught.value.message.splitlines()[1:] == ["  optimizer.lr: 0.01 → 0.5", "  steps: 6 → 8"]
-    assert "clipbench train this" in caught.value.hint
-
-
-def test_other_data_are_not_resumed(recipe, places, tmp_path, monkeypatch):
-    import shutil
-
-    copy = shutil.copytree(places[0], tmp_path / "copy")
-    sources = ({"shards": str(copy)},)
-    recipe = Recipe.model_validate({**recipe.model_dump(), "data": {**recipe.data.model_dump(), "sources": sources}})
-    with monkeypatch.context() as patch:
-        at_step(patch, lambda step: step == 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(InterruptedRunError):
-            train(recipe, "one")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["experts"]["depth"]["weights_sha256"] = "f" * 64
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="its data differ"):
-        train(recipe, "one", resume=True)
-
-
-def test_a_taken_name_is_refused_before_anything_is_trained(recipe):
-    Path("registry.yaml").write_text("version: 1\nbackbones:\n  mine:\n    source: timm:resnet18\n")
-    with pytest.raises(UsageError, match="'mine' is taken"):
-        train(recipe, "one", register="mine")
-    assert not Path("runs").exists()
-
-
-def test_fp16_and_unknown_loggers_are_refused(recipe):
-    with pytest.raises(UsageError, match="fp16 needs a CUDA device"):
-        train(recipe.model_copy(update={"precision": "fp16"}), "one")
-    with pytest.raises(UsageError, match="unknown logger 'tensorbord'"):
-        train(recipe, "one", loggers=("tensorbord",))
-
-
 def test_a_rehearsal_keeps_nothing(recipe):
-    found = run_module.rehearse(recipe, device="cpu")
+    found = rehearse(recipe, device="cpu")
     assert found.samples == COUNT
     assert found.epochs == pytest.approx(2.0)
     assert found.parameters["heads"] == 64 * 4 + 4
     assert found.step_s > found.data_s > 0
+    assert found.sizes == {SIDE: found.step_s}
     assert found.hours == pytest.approx(found.step_s * 6 / 3600)
     assert not Path("runs").exists()
+
+
+def test_a_rehearsal_takes_every_size_and_one_share_of_the_processes_asked_for(recipe, monkeypatch):
+    taken = []
+    real = engine_module.TrainEngine.train_step
+
+    def step(self, data, optim_wrapper):
+        taken.append((data.images.shape[-1], len(data)))
+        if data.images.shape[-1] == 64:
+            time.sleep(0.3)
+        return real(self, data, optim_wrapper)
+
+    monkeypatch.setattr(engine_module.TrainEngine, "train_step", step)
+    # 12 pairs a step at 32 px are 48 at 16 and 3 at 64: among 3 processes 16 and 1.
+    sizes = recipe.resolution.model_copy(update={"sizes": (16, 32, 64)})
+    found = rehearse(recipe.model_copy(update={"resolution": sizes, "batch_size": 12}), device="cpu", world=3)
+    assert sorted(taken) == sorted(2 * [(16, 16), (32, 4), (64, 1)])
+    assert (found.processes, found.measured) == (3, 1)
+    assert found.epochs == pytest.approx(2 * (48 + 12 + 3) / COUNT)
+    assert found.sizes.keys() == {16, 32, 64}
+    assert found.sizes[64] > 0.3  # the others take what they take
+    assert found.step_s == pytest.approx(np.mean(list(found.sizes.values())))
+    assert found.images_per_s == pytest.approx((48 + 12 + 3) / sum(found.sizes.values()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset here")
+def test_the_peak_of_memory_is_that_of_the_process(recipe):
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is used now
+    before = peak_memory_mb(torch.device("cpu"))
+    held = np.ones(2**27, np.uint8)  # 128 MiB
+    after = peak_memory_mb(torch.device("cpu"))
+    assert held.all()
+    assert 100 < after - before < 160
+    assert rehearse(recipe, device="cpu").memory_mb >= after
