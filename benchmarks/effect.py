@@ -1,6 +1,6 @@
 """Does CLIPTeX see better than CLIP-FT? The paper's claim on toyworld, with statistics.
 
-    python benchmarks/effect.py [--quick] [--seeds 3] [--arms cliptex,oracle] [--lambda-sweep]      # or: make effect
+    python benchmarks/effect.py [--quick] [--seeds 3] [--arms cliptex,oracle] [--no-lambda-sweep]   # or: make effect
 
 1. A small CLIP is trained from scratch on rendered rooms and their noisy captions, by the contrastive loss alone.
 2. From that one start, with the same images, steps, order and crops: CLIP-FT (the contrastive loss alone) and CLIPTeX
@@ -11,6 +11,7 @@
 A seed decides order, crops and heads of a training and all of its probes; rows of one seed are compared pairwise.
 The table, the differences and what follows from them go to --output, with a picture beside it. Everything else is kept
 below --work: a second call goes on where the first one stopped, and does what it did with other settings beside it.
+Trainings run --jobs at a time, each with its share of the cores: small models do not fill many.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -46,15 +49,18 @@ from clipbench.experts.toy import checkpoint_name, default_folder
 from clipbench.experts.toy_training import train_toy_experts
 from clipbench.files import write_atomic
 from clipbench.paths import shipped
+from clipbench.registry.editing import write_entry
 from clipbench.results import Record, Score
 from clipbench.training.recipe import Recipe
 from clipbench.training.recipes import find_recipe, load_recipe
-from clipbench.training.run import rehearse, train
+from clipbench.training.rehearsal import rehearse
+from clipbench.training.run import train
 
 TRAIN_SEED, PROBE_SEED = 11, 12  # of the worlds
+VAL_SHARE = 0.6  # of the latter
 TASKS = ("segmentation", "depth", "normals")
 EXPERTS = {"segmentation": "toy-seg-expert", "depth": "toy-depth-expert", "normals": "toy-normals-expert"}
-START, CONTROL = "clip", "clip-ft"
+FLOOR, START, CONTROL = "random", "clip", "clip-ft"
 # Arm → whose labels it learns from; what is compared with the control.
 ARMS: dict[str, dict[str, str]] = {
     CONTROL: {},
@@ -64,11 +70,14 @@ ARMS: dict[str, dict[str, str]] = {
     "normals": {"normals": EXPERTS["normals"]},
     "oracle": {task: f"oracle-{task}" for task in TASKS},
 }
-# Tasks of one backbone pass, and their heads.
-PASSES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
-    ("toy-seg", ("linear", "deeplabv3")),
-    ("toy-depth,toy-normals", ("linear", "dpt")),
-    ("toy-cls", ("linear",)),
+# Tasks of one backbone pass, and their head. Strong heads take most of the time, and care less about their rate: they
+# get one, see `Settings`.
+PASSES: tuple[tuple[str, str | None], ...] = (
+    ("toy-seg", "linear"),
+    ("toy-seg", "deeplabv3"),
+    ("toy-depth,toy-normals", "linear"),
+    ("toy-depth,toy-normals", "dpt"),
+    ("toy-cls", "linear"),
     ("toy-zeroshot,toy-retrieval", None),
 )
 DENSE = ("toy-seg", "toy-depth", "toy-normals")  # claimed to be better; of the others it is claimed that they stay
@@ -80,35 +89,40 @@ class Settings:
     """What decides the numbers.
 
     Attributes:
-        images, probe_images, size: Of the two worlds; of the latter, 40 % are val. Pixels.
+        images, probe_images, size: Of the two worlds; of the latter, 60 % are val. Pixels.
         patch, width, layers: Of the image tower.
         batch_size: Of all trainings.
         start_steps, start_lr, steps, lr: Of the pre-training and of the arms.
         head_lr_factor: See the recipe.
-        crop: Least area of a random crop, in all trainings; the recipes' own is 0.9.
+        crop, flip: Least area of a random crop, and how often it is mirrored, in all trainings; the recipes' own are
+            0.9 and 0. More than the paper's: so few images are soon known by heart.
         precise: How often the true caption is drawn instead of the noisy one, in all trainings.
         lambdas: Of segmentation, depth and normals; that of the contrastive loss is 1.
-        probe_steps, probe_lrs: Of dense heads; the better rate on held-out images is reported.
+        probe_steps, probe_lrs: Of linear dense heads; the best rate on held-out images is reported.
+        deeplabv3, dpt: Steps and rate of the strong heads.
         seeds: How many.
     """
 
-    images: int = 2000
+    images: int = 4000
     probe_images: int = 500
     size: int = 96
     patch: int = 12
     width: int = 128
     layers: int = 4
     batch_size: int = 64
-    start_steps: int = 500
+    start_steps: int = 1600
     start_lr: float = 1e-3
-    steps: int = 200
+    steps: int = 150
     lr: float = 5e-4
     head_lr_factor: float = 3.0
-    crop: float = 0.9
-    precise: float = 0.0
+    crop: float = 0.7
+    flip: float = 0.5
+    precise: float = 0.5
     lambdas: tuple[float, float, float] = (0.1, 1.0, 1.0)
-    probe_steps: int = 200
-    probe_lrs: tuple[float, ...] = (3e-3, 1e-2)
+    probe_steps: int = 300
+    probe_lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    deeplabv3: tuple[int, float] = (400, 1e-2)
+    dpt: tuple[int, float] = (120, 3e-3)
     seeds: int = 3
 
 
@@ -119,16 +133,33 @@ class Study:
     settings: Settings
     work: Path
 
-    @property
-    def registry(self) -> Path:
-        return self.work / "registry.yaml"
+    def registry(self, name: str) -> Path:
+        """One a model: several are trained at once."""
+        return self.work / "registries" / f"{name}.yaml"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to train, where it is not the start itself, and to probe.
+
+    Attributes:
+        arm: Key of the table.
+        labels, lambdas: See `Settings` and `ARMS`; None: nothing is trained.
+        strong: Probe it with strong heads, too.
+    """
+
+    arm: str
+    seed: int
+    labels: Mapping[str, str] | None
+    lambdas: tuple[float, ...]
+    strong: bool = True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = Settings()
     parser.add_argument("--images", type=int, default=usual.images, help="rooms to train on")
-    parser.add_argument("--probe-images", type=int, default=usual.probe_images, help="rooms of the probes, 40 %% val")
+    parser.add_argument("--probe-images", type=int, default=usual.probe_images, help="rooms of the probes, 60 %% val")
     parser.add_argument("--size", type=int, default=usual.size, help="of an image, pixels; a multiple of --patch")
     parser.add_argument("--patch", type=int, default=usual.patch, help="pixels")
     parser.add_argument("--steps", type=int, default=usual.steps, help="of each arm")
@@ -137,11 +168,18 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=usual.lr, help="of the arms")
     parser.add_argument("--lambdas", type=numbers, default=usual.lambdas, help="segmentation,depth,normals")
     parser.add_argument("--crop", type=float, default=usual.crop, help="least area of a random crop")
+    parser.add_argument("--flip", type=float, default=usual.flip, help="share of mirrored images")
     parser.add_argument("--precise", type=float, default=usual.precise, help="share of true captions, the rest noisy")
-    parser.add_argument("--probe-steps", type=int, default=usual.probe_steps, help="of dense heads")
+    parser.add_argument("--probe-steps", type=int, default=usual.probe_steps, help="of linear dense heads")
     parser.add_argument("--seeds", type=int, default=usual.seeds, help="how many")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}; {CONTROL} is always there")
-    parser.add_argument("--lambda-sweep", action="store_true", help="one task's λ at a time in 0.1, 1, 10, one seed")
+    parser.add_argument(
+        "--lambda-sweep",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one task's λ at a time in 0.1, 1, 10, and all ten times as large; one seed",
+    )
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="models at once (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small and with one seed: whether it runs, nothing more")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "clipbench-effect")
     parser.add_argument("--output", type=Path, default=Path("results/toyworld-effect.md"))
@@ -157,6 +195,8 @@ def main() -> int:
             start_steps=20,
             steps=10,
             probe_steps=10,
+            deeplabv3=(10, 1e-2),
+            dpt=(10, 3e-3),
             seeds=1,
         )
     else:
@@ -164,31 +204,52 @@ def main() -> int:
     asked = given.arms.split(",")
     if unknown := [arm for arm in asked if arm not in ARMS]:
         parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join(ARMS)}")
-    if settings.seeds < 1 or settings.size % settings.patch:
-        parser.error("--seeds must be at least 1, and --size a multiple of --patch")
+    if min(settings.seeds, given.jobs) < 1 or settings.size % settings.patch:
+        parser.error("--seeds and --jobs must be at least 1, and --size a multiple of --patch")
     arms = [arm for arm in ARMS if arm == CONTROL or arm in asked]
     study = Study(settings, given.work.resolve())
     study.work.mkdir(parents=True, exist_ok=True)
 
     make_data(study)
     start = make_start(study)
-    announce(study, arms, start, sweep=given.lambda_sweep)
     # A seed after the other, so that an interrupted study has whole pairs.
+    jobs = [
+        Job(arm, seed, ARMS.get(arm), settings.lambdas)
+        for seed in range(settings.seeds)
+        for arm in (FLOOR, START, *arms)
+    ]
+    sweep = [
+        Job(label, 0, EXPERTS, lambdas, strong=label.startswith("all")) for label, lambdas in sweep_of(settings.lambdas)
+    ]
+    jobs += sweep if given.lambda_sweep else []
+    announce(study, jobs, start, given.jobs)
     table: dict[str, dict[int, list[Record]]] = {}
-    for seed in range(settings.seeds):
-        table.setdefault(START, {})[seed] = probe_all(study, start, seed)
-        for arm in arms:
-            name = make_arm(study, arm, ARMS[arm], settings.lambdas, start, seed)
-            table.setdefault(arm, {})[seed] = probe_all(study, name, seed)
-        write_report(study, table, {}, given.output)
     swept: dict[str, dict[int, list[Record]]] = {}
-    if given.lambda_sweep:
-        for label, lambdas in sweep_of(settings.lambdas):
-            name = make_arm(study, f"sweep-{label.replace(' ', '')}", EXPERTS, lambdas, start, 0)
-            swept[label] = {0: probe_all(study, name, 0, strong=False)}
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    with ProcessPoolExecutor(given.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        running: list[Future[list[Record]]] = [pool.submit(do, study, job, start) for job in jobs]
+        try:
+            for job, future in zip(jobs, running, strict=True):
+                (swept if job in sweep else table).setdefault(job.arm, {})[job.seed] = future.result()
+                if job.arm == arms[-1]:
+                    write_report(study, table, swept, given.output)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     write_report(study, table, swept, given.output)
     print(given.output.read_text(encoding="utf-8"))
     return 0
+
+
+def default_jobs() -> int:
+    """A model a core, of about 1.5 GB each; one on a GPU."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
+
+
+def do(study: Study, job: Job, start: str) -> list[Record]:
+    """What a process of its own does: train and probe one model."""
+    name = {FLOOR: FLOOR, START: start}.get(job.arm) or make_arm(study, job, start)
+    return probe_all(study, name, job.seed, job.strong)
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -219,13 +280,17 @@ def make_data(study: Study) -> None:
     train_images = math.ceil(s.images / 0.98)
     for name, spec in (
         (f"train-{s.images}-{s.size}", WorldSpec(train_images, s.size, TRAIN_SEED, 0.02)),
-        (f"probe-{s.probe_images}-{s.size}", WorldSpec(s.probe_images, s.size, PROBE_SEED, 0.4)),
+        (f"probe-{s.probe_images}-{s.size}", WorldSpec(s.probe_images, s.size, PROBE_SEED, VAL_SHARE)),
     ):
         with said(study, f"world {name}"):
             generate(study.work / name, spec)
     with said(study, "labels"):
         clipbench.label(
-            "toy-*,oracle", study.work / f"train-{s.images}-{s.size}" / "cc3m", labelled(study), size=s.size
+            "toy-*,oracle",
+            study.work / f"train-{s.images}-{s.size}" / "cc3m",
+            labelled(study),
+            size=s.size,
+            nproc=default_jobs(),
         )
 
 
@@ -238,7 +303,7 @@ def probed(study: Study) -> Path:
 
 
 def make_start(study: Study) -> str:
-    """The CLIP that all arms go on from.
+    """The CLIP that all arms go on from, and the floor: its architecture with random weights.
 
     Returns:
         Its name in the registry.
@@ -262,6 +327,8 @@ def make_start(study: Study) -> str:
     }
     folder = study.work / f"vit-{s.size}-{s.patch}-{s.width}-{s.layers}"
     write_atomic(folder / "open_clip_config.json", json.dumps(config, indent=2).encode())
+    entry = {"source": f"openclip:local-dir:{folder}", "description": "random weights", "floor": True}
+    write_entry(study.registry(FLOOR), "backbones", FLOOR, entry, replace=True)
     recipe = load_recipe(
         find_recipe("toy_clip"),
         {
@@ -273,13 +340,15 @@ def make_start(study: Study) -> str:
     return run_once(study, "clip", recipe)
 
 
-def make_arm(study: Study, arm: str, labels: Mapping[str, str], lambdas: Sequence[float], start: str, seed: int) -> str:
+def make_arm(study: Study, job: Job, start: str) -> str:
     """Train an arm.
 
     Returns:
         Its name in the registry.
     """
-    return run_once(study, f"{arm}-s{seed}", arm_recipe(study, labels, lambdas, start, seed))
+    assert job.labels is not None
+    recipe = arm_recipe(study, job.labels, job.lambdas, start, job.seed)
+    return run_once(study, f"{job.arm.replace(' ', '').replace('×', 'x')}-s{job.seed}", recipe)
 
 
 def arm_recipe(study: Study, labels: Mapping[str, str], lambdas: Sequence[float], start: str, seed: int) -> Recipe:
@@ -307,6 +376,7 @@ def common(study: Study, source: str) -> dict[str, Any]:
         "data.workers": 1,
         "resolution.size": s.size,
         "augmentation.scale": (s.crop, 1.0),
+        "augmentation.flip": s.flip,
         "data.captions": {"alt": 1 - s.precise, "precise": s.precise},
         "batch_size": s.batch_size,
     }
@@ -322,7 +392,7 @@ def run_once(study: Study, name: str, recipe: Recipe) -> str:
             study.work / "runs" / name,
             resume=True,
             register=name,
-            registry=study.registry,
+            registry=study.registry(name),
             command=command(),
         )
     return name
@@ -331,34 +401,43 @@ def run_once(study: Study, name: str, recipe: Recipe) -> str:
 def probe_all(study: Study, name: str, seed: int, strong: bool = True) -> list[Record]:
     """All records of a backbone; those that are there already are not made again."""
     records = []
-    for tasks, heads in PASSES:
-        dense = tasks.startswith(DENSE)
-        with said(study, f"probe {name} {tasks}"):
+    s = study.settings
+    for tasks, head in PASSES:
+        steps: int | None = None
+        rates: float | tuple[float, ...] | None = None
+        if head in ("deeplabv3", "dpt"):
+            if not strong:
+                continue
+            steps, rates = s.deeplabv3 if head == "deeplabv3" else s.dpt
+        elif tasks.startswith(DENSE):
+            steps, rates = s.probe_steps, s.probe_lrs
+        with said(study, f"probe {name} {tasks} {head or ''} seed {seed}"):
             records += clipbench.probe(
                 name,
                 tasks,
-                head=heads if strong or heads is None else heads[:1],
+                head=head,
                 data_root=probed(study),
-                steps=study.settings.probe_steps if dense else None,
-                lr=study.settings.probe_lrs if dense else None,
-                image_size=study.settings.size if heads is not None else None,
+                steps=steps,
+                lr=rates,
+                image_size=s.size if head is not None else None,
                 seed=seed,
-                results=study.work / "results",
+                results=study.work / "results" / name,
                 skip_finished=True,
-                registry=study.registry,
+                registry=study.registry(name),
             )
     return records
 
 
-def announce(study: Study, arms: Sequence[str], start: str, sweep: bool) -> None:
+def announce(study: Study, jobs: Sequence[Job], start: str, at_once: int) -> None:
     """What the trainings to come will take, from a few real steps of the lightest and of the heaviest one."""
     s = study.settings
     lightest, heaviest = (rehearse(arm_recipe(study, labels, s.lambdas, start, 0)).step_s for labels in ({}, EXPERTS))
-    runs = len(arms) * s.seeds + (len(list(sweep_of(s.lambdas))) if sweep else 0)
+    runs = sum(job.labels is not None for job in jobs)
     minutes = runs * s.steps * heaviest / 60
     print(
-        f"a step takes {lightest:.2f} s without labels and {heaviest:.2f} s with three; at most {minutes:.0f} minutes "
-        f"for {runs} trainings of {s.steps} steps, and probes on top of it",
+        f"a step takes {lightest:.2f} s without labels and {heaviest:.2f} s with three, on all cores; {runs} trainings "
+        f"of {s.steps} steps are at most {minutes:.0f} minutes, and less by running {at_once} at once; probes come on "
+        "top of it",
         flush=True,
     )
 
@@ -370,15 +449,22 @@ def said(study: Study, what: str) -> Iterator[None]:
     yield
     seconds = time.perf_counter() - started
     print(f"{datetime.now():%H:%M:%S}  {what}: {seconds:.0f} s", flush=True)
-    kept = study.work / "seconds.json"
+    kept = study.work / "seconds" / f"{'_'.join(what.split())}.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
     if seconds > known.get(what, 0):  # a later call finds it finished
-        known[what] = round(seconds, 1)
-        write_atomic(kept, json.dumps(known, indent=1).encode())
+        write_atomic(kept, json.dumps({what: round(seconds, 1)}).encode())
 
 
 def command() -> str:
-    return shlex.join(["python", "benchmarks/effect.py", *sys.argv[1:]])
+    """As typed, without what changes no score."""
+    given = iter(sys.argv[1:])
+    kept = []
+    for word in given:
+        if word in ("--work", "--output", "--jobs"):
+            next(given, None)
+        elif not word.startswith(("--work=", "--output=", "--jobs=")):
+            kept.append(word)
+    return shlex.join(["python", "benchmarks/effect.py", *kept])
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -473,7 +559,8 @@ def write_report(study: Study, table: Table, swept: Table, output: Path) -> None
         how(study, table),
         f"![difference from CLIP-FT in percent]({picture.name})",
         "## Scores",
-        f"Mean ± standard deviation over seeds. `{START}` is what all others start from, probed with each seed.",
+        f"Mean ± standard deviation over seeds. `{START}` is what the arms start from, `{FLOOR}` the same tower with "
+        "random weights; these two are probed with each seed.",
         scores(found, table),
         f"## Against `{CONTROL}`",
         "Differences of runs with the same seed; positive is better, also where less is. ± is half of the 95 % "
@@ -482,23 +569,23 @@ def write_report(study: Study, table: Table, swept: Table, output: Path) -> None
         "## What follows",
         claims(found, table, study.settings),
     ]
-    if any(START in column.values and "cliptex" in column.values for column in found):
-        parts += [f"## `cliptex` against `{START}`, its start", differences(found, {"cliptex": {}}, START)]
+    for other, what in ((START, "its start"), (FLOOR, "the floor")):
+        if any(other in column.values and "cliptex" in column.values for column in found):
+            parts += [f"## `cliptex` against `{other}`, {what}", differences(found, {"cliptex": {}}, other)]
     if swept:
         sweep_table: dict[str, Mapping[int, Sequence[Record]]] = {
             arm: {0: seeds[0]} for arm, seeds in table.items() if arm in (CONTROL, "cliptex") and 0 in seeds
         }
         sweep_table |= dict(swept)
-        linear = [column for column in columns(sweep_table) if set(swept) <= column.values.keys()]
         lambdas = ", ".join(f"{task} {value:g}" for task, value in zip(TASKS, study.settings.lambdas, strict=True))
         parts += [
             "## λ",
-            f"One λ changed at a time; `cliptex` has {lambdas}. One seed, linear heads: an indication.",
-            scores(linear, sweep_table),
+            f"One λ changed at a time; `cliptex` has {lambdas}. Seed 0 alone: an indication.",
+            scores(columns(sweep_table), sweep_table),
         ]
     parts += ["## Time", times(study)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(picture, plot(found, [arm for arm in table if arm not in (START, CONTROL)]))
+    write_atomic(picture, plot(found, [arm for arm in table if arm not in (FLOOR, START, CONTROL)]))
     write_atomic(output, ("\n\n".join(parts) + "\n").encode())
 
 
@@ -508,9 +595,9 @@ def how(study: Study, table: Table) -> str:
     lines = [f"    {command()}", "", f"{machine}. {seeds} seed{'s' * (seeds > 1)}. Settings:", ""]
     lines += ["| setting | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in asdict(s).items()]
-    lines += [f"| worlds | seed {TRAIN_SEED} to train, {PROBE_SEED} to probe (40 % val) |"]
+    lines += [f"| worlds | seed {TRAIN_SEED} to train, {PROBE_SEED} to probe ({VAL_SHARE:.0%} val) |"]
     lines += [f"| recipes | `toy_clip`, then `toy_cliptex` with `data.labels` of the arm; {CONTROL} has none |"]
-    lines += [f"| probes | {'; '.join(' '.join((tasks, *(heads or ()))) for tasks, heads in PASSES)} |"]
+    lines += [f"| probes | {'; '.join(f'{tasks} {head}' if head else tasks for tasks, head in PASSES)} |"]
     for arm in table:
         if arm in ARMS:
             lines.append(f"| labels of `{arm}` | {', '.join(ARMS[arm].values()) or 'none'} |")
@@ -535,7 +622,7 @@ def differences(found: Sequence[Column], table: Table, other: str) -> str:
     rows = ["| task, head | arm | difference | of the score | n | better in | |", "|---|---|---:|---:|---:|---:|---|"]
     for column in found:
         for arm in table:
-            if arm in (other, START) or (d := difference(column, arm, other)) is None:
+            if arm in (other, FLOOR, START) or (d := difference(column, arm, other)) is None:
                 continue
             digits = column.metric.digits
             margin = f" ± {d.margin:.{digits}f}" if d.margin is not None else ""
@@ -551,7 +638,7 @@ def claims(found: Sequence[Column], table: Table, settings: Settings) -> str:
     """Of each arm: the dense columns that are better, and the others that are not worse."""
     lines = []
     for arm in table:
-        if arm in (START, CONTROL):
+        if arm in (FLOOR, START, CONTROL):
             continue
         ds = [(column, d) for column in found if (d := difference(column, arm)) is not None]
         if not ds:
@@ -567,7 +654,7 @@ def claims(found: Sequence[Column], table: Table, settings: Settings) -> str:
         line += f". Worse elsewhere: {', '.join(worse)}." if worse else ". Nowhere worse in the others."
         lines.append(line)
     # mean recall is that of the first 1, 5 and 10 of all validation images
-    val = WorldSpec(settings.probe_images, settings.size, val_fraction=0.4).counts["val"]
+    val = WorldSpec(settings.probe_images, settings.size, val_fraction=VAL_SHARE).counts["val"]
     chance = {"toy-zeroshot": 100 / len(TOY_CLS_CLASSES), "toy-retrieval": 100 * (1 + 5 + 10) / 3 / val}
     for column in found:
         if column.task in chance and START in column.values:
@@ -583,12 +670,12 @@ def claims(found: Sequence[Column], table: Table, settings: Settings) -> str:
 
 
 def times(study: Study) -> str:
-    known = json.loads((study.work / "seconds.json").read_text())
     total: dict[str, float] = {}
-    for what, seconds in known.items():
-        total[what.split()[0]] = total.get(what.split()[0], 0) + seconds
+    for kept in sorted((study.work / "seconds").glob("*.json")):
+        for what, seconds in json.loads(kept.read_text()).items():
+            total[what.split()[0]] = total.get(what.split()[0], 0) + seconds
     said = ", ".join(f"{what} {seconds / 60:.1f}" for what, seconds in total.items())
-    return f"Minutes, of all that lies in the working folder: {said}."
+    return f"Minutes of all that lies in the working folder, added up over what ran side by side: {said}."
 
 
 _INK, _GREY, _PAPER, _BAR, _WORSE = (32, 32, 36), (120, 120, 126), (255, 255, 255), (86, 130, 190), (196, 108, 86)

@@ -27,14 +27,8 @@ if TYPE_CHECKING:
 
 MARKER = "clipbench-demo"  # in the folder of a demonstration, which may be run again
 TASKS = ("segmentation", "depth", "normals")
-# What is probed with linear heads: they show what is in the features, strong heads what can be made of them.
+# What is probed, with linear heads: they show what is in the features, strong heads what can be made of them.
 DENSE = ("toy-seg", "toy-depth", "toy-normals")
-# Passes over the images of a backbone, and their heads; the last needs none.
-PASSES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
-    ("toy-seg", ("linear",)),
-    ("toy-depth,toy-normals", ("linear",)),
-    ("toy-retrieval", None),
-)
 FLOOR, START, CONTROL, CLIPTEX = "random", "clip", "clip-ft", "cliptex"
 
 
@@ -60,14 +54,14 @@ class Scale:
     images: int = 640
     probe_images: int = 240
     expert_images: int = 320
-    expert_steps: int = 250
+    expert_steps: int = 200
     width: int = 128
     layers: int = 3
     batch_size: int = 32
     start_steps: int = 200
     steps: int = 150
     lambdas: tuple[float, float, float] = (1.0, 10.0, 10.0)
-    probe_steps: int = 150
+    probe_steps: int = 100
     probe_lrs: tuple[float, ...] = (3e-3, 1e-2)
 
 
@@ -242,16 +236,16 @@ class _Demo:
         records = []
         for backbone in (FLOOR, START, CONTROL, CLIPTEX):
             self.screen.note(f"probing {backbone}", "bold")
-            for tasks, heads in PASSES:
+            for tasks in ("toy-seg", "toy-depth,toy-normals"):
                 records += probe(
                     ProbeRequest(
                         backbone=backbone,
                         task=tasks,
-                        heads=heads,
-                        lrs=self.scale.probe_lrs if heads else None,
+                        heads=("linear",),
+                        lrs=self.scale.probe_lrs,
                         data_root=self.folder / "toyworld",
-                        steps=self.scale.probe_steps if heads else None,
-                        image_size=self.scale.size if heads else None,
+                        steps=self.scale.probe_steps,
+                        image_size=self.scale.size,
                         seed=self.seed,
                         results=self.folder / "results",
                         registry=self.registry,

@@ -20,6 +20,7 @@ class ClipbenchError(Exception):
 
     exit_code = 1
     everywhere = False  # raised in every process of a distributed run alike, so that one of them may speak
+    secondary = False  # what another process's end leads to: its own error is the one to show, where there is one
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

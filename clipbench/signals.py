@@ -11,10 +11,27 @@ from clipbench.errors import ClipbenchError
 
 
 class InterruptedRunError(ClipbenchError):
-    """The run was asked to stop and left a checkpoint."""
+    """The run was asked to stop; the message says what is left of it."""
 
     exit_code = 130
     everywhere = True
+    secondary = True  # when a process fails, the others are asked to stop
+
+
+def stopped_at_once(checkpoint: bool) -> InterruptedRunError:
+    """The end of a run by a Ctrl-C that no loop waited for: before the first step, after the last, or a second one.
+
+    Args:
+        checkpoint: Whether there is any.
+    """
+    if checkpoint:
+        return InterruptedRunError(
+            "stopped at once; steps since the last checkpoint are lost",
+            "The same command with --resume goes on from the last checkpoint.",
+        )
+    return InterruptedRunError(
+        "stopped; nothing was saved yet", "The same command with --resume starts from the beginning."
+    )
 
 
 class StopRequest:

@@ -16,7 +16,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@600
-#SBATCH --output=runs/slurm-%x-%j.log
+#SBATCH --output=slurm-%x-%j.log
 
 set -euo pipefail
 if [ $# -lt 2 ]; then

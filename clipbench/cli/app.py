@@ -71,7 +71,9 @@ def main() -> None:
     try:
         app()
     except ClipbenchError as error:
-        if not (error.everywhere and int(os.environ.get("RANK", 0))):
+        from clipbench.probing.launch import leave
+
+        if not leave(error) and not (error.everywhere and int(os.environ.get("RANK", 0))):
             print_error(error, as_json="--json" in sys.argv)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `clipbench list … | head`

@@ -152,7 +152,7 @@ def train(
         command=command,
     )
     if first:
-        _show(result, as_json)
+        _show(result, registry, as_json)
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -219,7 +219,7 @@ def _submit(
     console.print(f"submitted: {number}; logs: {logs}", markup=False)
 
 
-def _show(result: TrainResult, as_json: bool) -> None:
+def _show(result: TrainResult, registry: Path, as_json: bool) -> None:
     if as_json:
         print_json(asdict(result))
         return
@@ -230,7 +230,10 @@ def _show(result: TrainResult, as_json: bool) -> None:
     console.print(f"{result.steps:,} steps in {result.seconds:.0f} s; {losses}", markup=False)
     console.print(f"exported: {result.folder}", markup=False)
     source = result.registered or f"openclip:local-dir:{result.folder}"
-    console.print(f"Probe it: clipbench probe --backbone {source} --task TASK", markup=False)
+    command = ["clipbench", "probe", "--backbone", source]
+    if result.registered and registry.absolute() != Path("registry.yaml").absolute():  # the one that is read by itself
+        command += ["--registry", str(registry)]
+    console.print(f"Probe it: {shlex.join(command)} --task TASK", markup=False)
 
 
 def _show_rehearsal(recipe: Recipe, found: Rehearsal, run_dir: Path, as_json: bool) -> None:
@@ -239,13 +242,16 @@ def _show_rehearsal(recipe: Recipe, found: Rehearsal, run_dir: Path, as_json: bo
         return
     from rich.console import Console
 
+    from clipbench.training.parts import counted
+
     console = Console(soft_wrap=True, highlight=False)
     for key, value in recipe.model_dump(mode="json").items():
         console.print(f"{key:20} {value}", markup=False)
-    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in found.parameters.items())
-    console.print(f"\nparameters           {parts}", markup=False)
+    console.print(f"\nparameters           {counted(found.parameters)}", markup=False)
     console.print(f"data                 {found.samples:,} samples; {found.epochs:.3g} epochs")
     console.print(f"processes            {found.processes}, of which {found.measured} took part")
+    if recipe.sharding == "fsdp":
+        console.print(f"sharded over         {_sharding(found)}")
     console.print(f"a step               {found.step_s:.3f} s, of it {found.data_s:.3f} s waiting for data")
     if len(found.sizes) > 1:
         each = ", ".join(f"{size} px {seconds:.3f} s" for size, seconds in found.sizes.items())
@@ -256,6 +262,14 @@ def _show_rehearsal(recipe: Recipe, found: Rehearsal, run_dir: Path, as_json: bo
     losses = ", ".join(f"{name} {value:.3f}" for name, value in found.losses.items())
     console.print(f"losses               {losses}")
     console.print(f"It would go to {run_dir}. Nothing was kept.", markup=False)
+
+
+def _sharding(found: Rehearsal) -> str:
+    if found.processes == 1:
+        return "1 process: sharding=fsdp does nothing"
+    if found.measured == found.processes:
+        return f"{found.processes} processes"
+    return f"{found.measured} of {found.processes} processes: memory is an upper bound"
 
 
 def _memory(found: Rehearsal) -> str:

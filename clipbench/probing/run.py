@@ -70,7 +70,7 @@ from clipbench.results import (
 from clipbench.results import Trial as TriedSettings
 from clipbench.results.record import read_record, record_path, slug, write_text_atomically
 from clipbench.screen import Screen
-from clipbench.signals import InterruptedRunError
+from clipbench.signals import stopped_at_once
 
 RUN_FILE = "run.json"
 HOLDOUT_SEED = "holdout"  # the split is the same for every run seed, so that seeds differ in nothing else
@@ -92,10 +92,8 @@ def execute(plan: Plan, screen: Screen, sheets: Mapping[str, PredictionSheet] | 
         try:
             with log_to_file(log):
                 return Run(plan, screen, device, rank, run_dir, resuming, sheets).execute()
-        except KeyboardInterrupt:  # while training, the runner handles it; this is anywhere else
-            raise InterruptedRunError(
-                "stopped; what was trained is saved", "The same command with --resume goes on from there."
-            ) from None
+        except KeyboardInterrupt:  # the runner waits for a step's end at the first; this is elsewhere, or a second one
+            raise stopped_at_once(any(run_dir.glob(f"pass-*/{CHECKPOINT}"))) from None
         except torch.OutOfMemoryError as error:
             raise ClipbenchError(
                 f"out of memory on {device}: {str(error).splitlines()[0]}",

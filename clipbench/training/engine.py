@@ -7,7 +7,6 @@ averages within a backward pass and would do so once a pass: they are averaged o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,19 +14,18 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
 from clipbench.errors import ClipbenchError
 from clipbench.training.batch import Batch
 from clipbench.training.cached import contrastive_step
+from clipbench.training.gradients import average_gradients, clip, total_norm
 from clipbench.training.model import TrainedCLIP
 from clipbench.training.range_augment import RangeAugment
 from clipbench.training.recipe import Recipe
-from clipbench.training.sharding import Shards, clip, scalars_apart, total_norm
+from clipbench.training.sharding import Shards, scalars_apart
 
 # Samples of a process on which each loss's own gradient is measured: a backward pass a loss, so no whole batch.
 _MEASURED = 64
-_BUCKET = 2**26  # values that are averaged at once: 256 MB of buffer in float32
 
 
 class BadStepsError(ClipbenchError):
@@ -286,24 +284,3 @@ class TrainEngine(nn.Module):
                 "Start again under another --name. A smaller --set optimizer.lr=… or --set optimizer.clip_grad=1.0 "
                 "helps against divergence; `clipbench audit DIR` shows whether the labels are sound.",
             )
-
-
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Mean over processes, in place; all processes must have gradients of the same parameters.
-
-    Those of sharded parameters are means already, since `fully_shard` averages in each backward pass.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    while gradients:
-        bucket: list[torch.Tensor] = []
-        size = 0
-        while gradients and (not bucket or size + gradients[0].numel() <= _BUCKET):
-            size += gradients[0].numel()
-            bucket.append(gradients.pop(0))
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))

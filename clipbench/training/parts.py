@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import nn
 
 from clipbench.errors import UsageError
 from clipbench.mmlab import log_to_file
-from clipbench.processes import rank
+from clipbench.processes import agree, rank
 from clipbench.training.engine import TrainEngine
 from clipbench.training.model import build_model
 from clipbench.training.recipe import Recipe
 from clipbench.training.resolution import StepPlan
 from clipbench.training.shared import first_process
-from clipbench.training.stream import TrainStream, open_stream
+from clipbench.training.stream import TrainStream, label_channels, open_stream
 
 
 def world_size() -> int:
@@ -28,7 +27,7 @@ def world_size() -> int:
 
 
 def build(recipe: Recipe, device: torch.device, world: int | None = None) -> tuple[TrainEngine, TrainStream]:
-    """Model and data. Each needs something of the other: heads have the labels' channels, texts are tokenised.
+    """Model and data. The model comes first: what speaks against it is known in seconds, the shards take minutes.
 
     Args:
         recipe: Of the run.
@@ -41,10 +40,10 @@ def build(recipe: Recipe, device: torch.device, world: int | None = None) -> tup
         ClipbenchError: Data or weights cannot be read.
     """
     world = world or world_size()
-    tokenizer = _Tokenizer()
+    model = build_model(recipe, agree(first_process(lambda: label_channels(recipe))))
 
     def opened() -> TrainStream:
-        return open_stream(recipe, tokenizer, rank=rank(), world=world)
+        return open_stream(recipe, model.tokenizer, rank=rank(), world=world)
 
     # The first process reads the headers of the shards, for all.
     stream = first_process(opened) or opened()
@@ -54,8 +53,6 @@ def build(recipe: Recipe, device: torch.device, world: int | None = None) -> tup
             "negatives",
             f"--set batch_size={max(stream.samples // 2, 2)}, or more data.",
         )
-    model = build_model(recipe, stream.channels)
-    tokenizer.own = model.tokenizer
     engine = TrainEngine(model, recipe).to(device)
     engine.shard()
     return engine, stream
@@ -70,6 +67,17 @@ def parameters(engine: TrainEngine) -> dict[str, int]:
     model = engine.model
     image, heads = count(model.clip.visual), count(model.heads)
     return {"image tower": image, "text tower": count(model.clip) - image, "heads": heads}
+
+
+def counted(parameters: Mapping[str, int]) -> str:
+    """What `parameters` gave, for people: in millions, below 0.1 M in thousands."""
+
+    def words(count: int) -> str:
+        if count < 1e3:
+            return str(count)
+        return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} k"
+
+    return ", ".join(f"{part} {words(count)}" for part, count in parameters.items())
 
 
 def epochs(recipe: Recipe, samples: int, world: int) -> float:
@@ -100,13 +108,3 @@ def early_log() -> Iterator[Path]:
     """Where what libraries say goes while there is no folder of the run yet; gone at the end."""
     with TemporaryDirectory(prefix="clipbench-") as folder, log_to_file(Path(folder) / "log.txt") as path:
         yield path
-
-
-class _Tokenizer:
-    """The model's, once there is one."""
-
-    own: Any = None
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        tokens: torch.Tensor = self.own(texts)
-        return tokens

@@ -65,8 +65,12 @@ def check_run(
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        hints = dict.fromkeys(error.hint for error in problems if error.hint)
-        raise UsageError("\n".join(error.message for error in problems), "\n".join(hints))
+        raise UsageError("\n".join(_with_hint(error) for error in problems))
+
+
+def _with_hint(error: ClipbenchError) -> str:
+    """A problem among several, with what to do about it right below."""
+    return "\n".join([error.message, *(f"  {line}" for line in error.hint.splitlines())])
 
 
 def check_device(recipe: Recipe, device: str) -> torch.device:
@@ -115,6 +119,7 @@ def _check_folder(recipe: Recipe, run_dir: Path, resume: bool, processes: int) -
 def _check_task(name: str) -> None:
     """A task of `evaluate`: known, and its data set is there."""
     from clipbench.data import require_layout, resolve_root
+    from clipbench.data.layouts import MissingDataError
     from clipbench.data.roots import get_hint
     from clipbench.probing.plan import parts_read
     from clipbench.probing.recipes import find_recipe, load_recipe, task_names
@@ -129,4 +134,5 @@ def _check_task(name: str) -> None:
         root = resolve_root(entry)
         require_layout(entry.layout, root, get_hint(entry), parts=parts_read(load_recipe(task, {})))
     except ClipbenchError as error:
-        raise UsageError(f"evaluate.{name}: {error.message}", error.hint) from error
+        hint = error.hint_without_option if isinstance(error, MissingDataError) else error.hint
+        raise UsageError(f"evaluate.{name}: {error.message}", hint) from error

@@ -24,6 +24,7 @@ from clipbench.screen import Screen
 from clipbench.training.recipe import Recipe
 from clipbench.training.runner import stopped
 
+SNAPSHOT = "snapshot"  # folder of the model that was probed last, in that of the run; gone when the run ends
 _POLL = 0.5  # seconds between looks at whether the run is to stop
 _PATIENCE = 20.0  # seconds that a probe has to end in when the run is to stop
 # What torchrun and Slurm tell their processes; the probe is none of them.
@@ -33,7 +34,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE", "LOCAL_W
 class ProbesHook(Hook):
     """Runs `recipe.evaluate`; a probe that fails is a warning, since the training can go on.
 
-    FOLDER/snapshot               the model that was probed last
+    FOLDER/snapshot               the model that was probed last; `clipbench.training.run` removes it at the end
     FOLDER/probes/STEP/           results of `clipbench probe`
     FOLDER/probes/STEP/TASK.json  main scores; that it is there means that the probe need not be made up
 
@@ -89,7 +90,7 @@ class ProbesHook(Hook):
     def _run(self, runner: Any, done: int, tasks: Sequence[str]) -> None:
         if not tasks or anywhere(runner.stop.made):
             return
-        snapshot = self._folder / "snapshot"
+        snapshot = self._folder / SNAPSHOT
         try:
             self._snapshot(runner, snapshot)
         except ClipbenchError as error:  # such as a full disk

@@ -8,17 +8,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Task = Literal["segmentation", "depth", "normals"]
 Loss = Literal["clip", "segmentation", "depth", "normals"]
@@ -222,14 +214,6 @@ class Recipe(_Part):
         if self.sharding == "fsdp" and self.precision == "fp16":
             raise ValueError("sharding 'fsdp' has no loss scaling for fp16: precision='bf16'")
         return self
-
-    @model_serializer(mode="wrap")
-    def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without sharding where there is none, so that runs from before there was that setting can be resumed."""
-        content: dict[str, Any] = serialise(self)
-        if content.get("sharding") == "none":
-            del content["sharding"]
-        return content
 
     @property
     def tasks(self) -> tuple[Task, ...]:

@@ -37,7 +37,8 @@ class Rehearsal:
         epochs: That the run goes through them.
         processes: For which everything is estimated.
         measured: Of them, that took part here. What the others add is not in it: their gradients are not averaged, and
-            their embeddings not gathered.
+            their embeddings not gathered. With sharding, each of these has a larger share of the model than it will
+            have, the whole of it where it is alone: `memory_mb` is then an upper bound.
         step_s, data_s: Seconds a step, and of it those that the step waited for data; means over the sizes of
             `resolution`, which come equally often.
         sizes: Side of the crops, pixels → seconds a step.

@@ -4,7 +4,7 @@ RUN/run.json          recipe, data, processes and command: what a resumed run is
 RUN/checkpoint.pth    everything that the next step depends on; the last good one, whole
 RUN/vis_data/         the log's numbers (scalars.json), TensorBoard's files
 RUN/log.txt           what the libraries say; log.N.txt of further processes
-RUN/probes/           of `evaluate`, by step; RUN/snapshot is the model that was probed last
+RUN/probes/           of `evaluate`, by step; until the end, RUN/snapshot is the model that was probed last
 RUN/export/           the trained model, see `clipbench.training.export`
 
 Nothing of it is made before everything is checked that can be without training.
@@ -12,6 +12,7 @@ Nothing of it is made before everything is checked that can be without training.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,11 @@ from torch import nn
 from clipbench.mmlab import log_to_file, setup
 from clipbench.processes import agree, gather, processes
 from clipbench.screen import Screen
-from clipbench.signals import InterruptedRunError
+from clipbench.signals import stopped_at_once
 from clipbench.training.export import check_exportable, export, read_provenance, register_export
-from clipbench.training.parts import build, draws_in_processes, early_log, epochs, parameters, world_size
+from clipbench.training.parts import build, counted, draws_in_processes, early_log, epochs, parameters, world_size
 from clipbench.training.preflight import EXPORT, check_device, check_run
-from clipbench.training.probes import ProbesHook
+from clipbench.training.probes import SNAPSHOT, ProbesHook
 from clipbench.training.recipe import Recipe
 from clipbench.training.record import check_same_data, other_processes, read_record, write_record
 from clipbench.training.runner import CHECKPOINT, TrainRunner, averaged, run
@@ -41,8 +42,9 @@ class TrainResult:
     Attributes:
         run_dir, folder: Of the run, and of the exported model in it.
         steps: Done in all.
-        seconds: Of training, interrupted parts included.
-        losses: Means over the last steps that were logged together.
+        seconds: Sum of the times of its steps, interrupted parts included; checkpoints, probes and the export are not
+            in it.
+        losses: Means over the last `log_interval` steps, without those that were skipped; none where all of them were.
         skipped: Steps that were left out, by reason.
         replaced: Samples that could not be read.
         registered: Name in the registry.
@@ -85,7 +87,7 @@ def train(
 
     Raises:
         UsageError: The name is taken, the folder has another run, data lack labels, …; before anything is written.
-        InterruptedRunError: It was asked to stop; a checkpoint is left.
+        InterruptedRunError: It was asked to stop; the message says what is saved.
         ClipbenchError: Training failed in a way that the message explains.
     """
     screen = screen or Screen(silent=True)
@@ -123,8 +125,8 @@ def train(
                 with log.open("a", encoding="utf-8") as file:
                     file.write(said)
                 return one.execute(device, register, registry)
-        except KeyboardInterrupt:  # while training, the loop handles it; this is anywhere else
-            raise InterruptedRunError("stopped; what was trained is saved", RESUME_HINT) from None
+        except KeyboardInterrupt:  # the loop waits for a step's end at the first; this is elsewhere, or a second one
+            raise stopped_at_once((run_dir / CHECKPOINT).exists()) from None
 
 
 class _Run:
@@ -200,9 +202,11 @@ class _Run:
         return int(torch.load(path, weights_only=False, mmap=True)["meta"]["iter"]) if path.exists() else 0  # our own
 
     def describe(self) -> None:
-        counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in parameters(self.engine).items())
+        counts = counted(parameters(self.engine))
         often = epochs(self.recipe, self.stream.samples, world_size())
         self.screen.note(f"model: {self.recipe.model.source} ({counts} parameters)")
+        if self.recipe.sharding == "fsdp" and world_size() == 1:
+            self.screen.note("sharding=fsdp does nothing with one process")
         labels = ", ".join(f"{task} of {name}" for task, name in self.recipe.data.labels.items()) or "none"
         for source in self.stream.manifest["sources"]:
             if source.get("complete") is False:
@@ -230,6 +234,7 @@ class _Run:
         }
 
         self.write(runner, folder, facts)
+        first_process(lambda: shutil.rmtree(self.run_dir / SNAPSHOT, ignore_errors=True))
         if register is not None:
             first_process(lambda: register_export(register, folder, registry))
         if skipped.reasons:
@@ -260,11 +265,14 @@ class _Run:
 
 
 def last_losses(runner: TrainRunner, recipe: Recipe) -> dict[str, float]:
-    """Means over the last `log_interval` steps."""
+    """Means over the last `log_interval` steps that were not skipped; none where all of them were."""
     names = ("loss", "clip", *recipe.tasks, "range_augment")
     scalars = runner.message_hub.log_scalars
+    histories = {name: scalars[f"train/{name}"] for name in names if f"train/{name}" in scalars}
     return {
-        name: float(scalars[f"train/{name}"].mean(recipe.log_interval)) for name in names if f"train/{name}" in scalars
+        name: float(history.mean(recipe.log_interval))
+        for name, history in histories.items()
+        if history.data[1][-recipe.log_interval :].any()  # counts: 0 for a step that was skipped
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 import uuid
 from collections import deque
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from mmengine.hooks import EMAHook, Hook, LoggerHook
+from mmengine.hooks import EMAHook, Hook, LoggerHook, RuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -95,6 +97,7 @@ class TrainRunner(DeviceRunner):
         saved: Steps done at the last checkpoint; None before the first of this session.
         step_began: When the current step asked for its batch, `time.perf_counter` seconds.
         waited: For how long it waited for it, seconds.
+        in_steps: Sum of the times of this session's steps, seconds; `ClockHook` measures them.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -102,9 +105,15 @@ class TrainRunner(DeviceRunner):
         self.saved: int | None = None
         self.step_began = 0.0
         self.waited = 0.0
+        self.in_steps = 0.0
         super().__init__(**kwargs)
         with contextlib.suppress(OSError):
             Path(self.log_dir).rmdir()  # made by mmengine for its log
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the times of all steps so far, interrupted parts included; checkpoints and probes are not in it."""
+        return self.seconds_before + self.in_steps
 
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         """As every Runner's; a sharded model is in place, and no two processes hold the same of it."""
@@ -171,8 +180,30 @@ class NotSavedError(ClipbenchError):
 
 
 @HOOKS.register_module()
+class NumbersHook(RuntimeInfoHook):
+    """mmengine's, which hands the numbers of a step to the log; those of a step that was left out count in no mean."""
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
+    ) -> None:
+        """Hand them on. What is measured once a line is good in any case."""
+        if not runner.model.skipped.in_row:
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+            return
+        for name, value in (outputs or {}).items():
+            # 0 of 0 values: it takes its place in the window, and adds nothing to the sums that a mean is made of.
+            in_mean = re.search(_MEANS, name) is not None
+            runner.message_hub.update_scalar(f"train/{name}", *((0.0, 0) if in_mean else (value, 1)))
+
+
+@HOOKS.register_module()
 class LineHook(LoggerHook):
     """mmengine's lines in the log, without its second copy of them in a file of each start."""
+
+    def after_train_iter(self, *arguments: Any, **options: Any) -> None:
+        """mmengine's. Where every step of a window was left out, its means are NaN, and NumPy need not warn of it."""
+        with np.errstate(invalid="ignore"):
+            super().after_train_iter(*arguments, **options)
 
     def before_run(self, runner: Runner) -> None:
         """Name no such file."""
@@ -201,6 +232,7 @@ class ClockHook(Hook):
         """Measure."""
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         seconds = time.perf_counter() - runner.step_began
+        runner.in_steps += seconds
         self._steps.append((len(data_batch) * world, seconds))
         images, total = map(sum, zip(*self._steps, strict=True))
         numbers = {"time": seconds, "data_time": runner.waited, "images_per_second": images / total}
@@ -210,6 +242,9 @@ class ClockHook(Hook):
 
 class ProgressHook(Hook):
     """Reports steps and saves.
+
+    A checkpoint that is due while steps fail waits for the next good one: until then, the last one from before is worth
+    more.
 
     Args:
         on_step: Called after each step with (steps done, numbers of the step).
@@ -222,6 +257,7 @@ class ProgressHook(Hook):
     def __init__(self, on_step: Callable[[int, dict[str, float]], None], interval: int) -> None:
         self._on_step = on_step
         self._interval = interval
+        self._due = False
 
     def before_train(self, runner: Any) -> None:
         """From here on Ctrl-C and SIGTERM end the run at a step's end."""
@@ -235,10 +271,10 @@ class ProgressHook(Hook):
         for problem in data_batch.problems:
             runner.logger.warning(f"replaced by another sample: {problem}")
         self._on_step(done, outputs or {})
-        # While steps fail, the last checkpoint from before is worth more than one of now.
-        due = done % self._interval == 0 and not runner.model.skipped.in_row
-        if due or done == runner.max_iters:
+        self._due = self._due or done % self._interval == 0
+        if (self._due and not runner.model.skipped.in_row) or done == runner.max_iters:
             runner.save_progress(done)
+            self._due = False
 
 
 class StopHook(Hook):
@@ -330,6 +366,7 @@ def run(
         default_hooks={
             "checkpoint": None,
             "timer": None,
+            "runtime_info": {"type": "NumbersHook"},
             "logger": {"type": "LineHook", "interval": recipe.log_interval},
         },
         custom_hooks=custom,

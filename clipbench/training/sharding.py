@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from clipbench.errors import UsageError
 from clipbench.training.model import TrainedCLIP
@@ -121,35 +120,6 @@ def scalars_apart(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if params:
                 found.append({**group, "name": group["name"] + suffix, "params": params})
     return found
-
-
-def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients, sharded or not: a scalar, the same in all processes once gradients are averaged."""
-    norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(parameters)]
-    if len(norms) == 1 and not isinstance(norms[0], DTensor):
-        return norms[0]  # bit for bit what clip_grad_norm_ takes
-    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
-
-
-def clip(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scale gradients, sharded or not, so that their common norm is at most `limit`.
-
-    Args:
-        parameters: With gradients.
-        limit: Largest norm.
-        norm: Of `total_norm`.
-    """
-    # clip_grads_with_norm_ multiplies in any case; by exactly 1 where the norm is below the limit.
-    if float(limit / (norm + 1e-6)) < 1:
-        for kind in _kinds(parameters):
-            clip_grads_with_norm_(kind, limit, norm)
-
-
-def _kinds(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Sharded ones and the others; one list where there are no sharded ones."""
-    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    return [kind for kind in (sharded, whole) if kind] or [[]]
 
 
 def _whole(state: Any) -> Any:

@@ -41,6 +41,7 @@ class LostProcessError(ClipbenchError):
     """Another process of the run is gone, so that this one cannot go on; that one knows why."""
 
     everywhere = True
+    secondary = True
 
 
 def first_process(act: Callable[[], T]) -> T | None:

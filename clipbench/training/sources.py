@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clipbench.data.image_text import Fault, ImageTextSample, expand_shards, read_sample, scan_shard
-from clipbench.data.labelled import MANIFEST, LabelledFolder, Manifest, open_labelled
+from clipbench.data.labelled import MANIFEST, LabelledFolder, Manifest, label_extension, open_labelled
 from clipbench.errors import ClipbenchError, CorruptFileError, UsageError
 from clipbench.files import atomic
 from clipbench.training.recipe import Source
@@ -53,30 +53,48 @@ class ShardTable:
 
 
 @dataclass(frozen=True)
-class OpenSource:
-    """One source of a recipe.
+class FoundSource:
+    """One source of a recipe, of which no shard was read yet.
 
     Attributes:
         name: As the recipe gives it.
         weight: Of the recipe.
         shards: Its files.
-        table: Their samples.
         folder: None where `clipbench label` did not write it.
     """
 
     name: str
     weight: float
     shards: tuple[Path, ...]
-    table: ShardTable
     folder: LabelledFolder | None
-
-    def __len__(self) -> int:
-        return len(self.table.starts)
 
     @property
     def manifest(self) -> Manifest | None:
         """Of the labelled folder."""
         return self.folder.manifest if self.folder is not None else None
+
+    def has_labels(self, expert: str) -> bool:
+        """Whether there are labels of an expert, as far as is known."""
+        return self.manifest is not None and expert in self.manifest.experts
+
+
+@dataclass(frozen=True)
+class OpenSource(FoundSource):
+    """One source of a recipe.
+
+    Attributes:
+        name, weight, shards, folder: Of `FoundSource`.
+        table: The shards' samples.
+    """
+
+    table: ShardTable
+
+    def __len__(self) -> int:
+        return len(self.table.starts)
+
+    def has_labels(self, expert: str) -> bool:
+        """Whether there are labels of an expert, of one sample at least."""
+        return super().has_labels(expert) and bool(self.table.extensions.get(label_extension(expert)))
 
     def place(self, index: int) -> tuple[Path, int]:
         """Shard of a sample, and where it begins there."""
@@ -115,29 +133,43 @@ class OpenSource:
         return facts
 
 
-def open_source(source: Source, workers: int, cache: Path) -> OpenSource:
-    """Find the shards of a source, and where their samples begin.
+def find_source(source: Source) -> FoundSource:
+    """Find the shards of a source, in no time.
 
     Args:
         source: A labelled folder, of which unfinished shards are left out, or any pattern of shards.
-        workers: Processes for reading headers.
-        cache: Folder of the tables.
 
     Raises:
-        UsageError: There are no shards, or no samples in them.
-        ClipbenchError: A shard cannot be read.
+        UsageError: There are no shards.
+        ClipbenchError: The folder's manifest cannot be read.
     """
     root = Path(source.shards).expanduser()
     folder = open_labelled(root) if (root / MANIFEST).exists() else None
     shards = folder.shards if folder is not None else tuple(expand_shards(source.shards))
-    table = _table(shards, workers, cache)
+    return FoundSource(source.shards, source.weight, shards, folder)
+
+
+def open_source(found: FoundSource, workers: int, cache: Path) -> OpenSource:
+    """Find out where the samples of a source begin.
+
+    Args:
+        found: Of `find_source`.
+        workers: Processes for reading headers.
+        cache: Folder of the tables.
+
+    Raises:
+        UsageError: There are no samples in its shards.
+        ClipbenchError: A shard cannot be read.
+    """
+    table = _table(found.shards, workers, cache)
     if not len(table.starts):
-        found = ", ".join(f"{count} × {kind}" for kind, count in table.faults.items())
+        root = Path(found.name).expanduser()
+        faults = ", ".join(f"{count} × {kind}" for kind, count in table.faults.items())
         raise UsageError(
-            f"the {len(shards)} shards of {source.shards} have no samples" + (f" ({found})" if found else ""),
+            f"the {len(found.shards)} shards of {found.name} have no samples" + (f" ({faults})" if faults else ""),
             f"clipbench data check cc3m --root {root if root.is_dir() else root.parent}",
         )
-    return OpenSource(source.shards, source.weight, shards, table, folder)
+    return OpenSource(found.name, found.weight, found.shards, found.folder, table)
 
 
 def _table(shards: Sequence[Path], workers: int, cache: Path) -> ShardTable:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipbench.data.images import decode_rgb
-from clipbench.data.labelled import ExpertRecord, label_extension, labelled_sample
+from clipbench.data.labelled import ExpertRecord, labelled_sample
 from clipbench.data.pseudo_labels import LabelFormat, PseudoLabel
 from clipbench.data.stream import stable_seed
 from clipbench.errors import ClipbenchError, CorruptFileError, UsageError
@@ -31,7 +31,7 @@ from clipbench.training.captions import available, draw_caption
 from clipbench.training.order import Mixture, Shuffle
 from clipbench.training.recipe import Recipe, Task
 from clipbench.training.resolution import StepPlan
-from clipbench.training.sources import OpenSource, as_it_is, open_source, quiet_worker
+from clipbench.training.sources import FoundSource, OpenSource, as_it_is, find_source, open_source, quiet_worker
 from clipbench.training.transforms import augment
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -125,6 +125,20 @@ class TrainStream:
             yield [_Part(first + offset, min(_PART, share - offset), step.size) for offset in range(0, share, _PART)]
 
 
+def label_channels(recipe: Recipe) -> dict[Task, int]:
+    """Channels of each task's labels, by the manifests alone: known in no time, long before the shards are read.
+
+    Args:
+        recipe: Its data.
+
+    Raises:
+        UsageError: As `open_stream`, of what manifests can tell.
+        ClipbenchError: A manifest cannot be read.
+    """
+    sources = _find_sources(recipe)
+    return {task: _channels(_expert(task, sources, recipe)) for task in recipe.tasks}
+
+
 def open_stream(recipe: Recipe, tokenizer: Tokenizer, *, rank: int = 0, world: int = 1) -> TrainStream:
     """The data of a recipe.
 
@@ -141,17 +155,9 @@ def open_stream(recipe: Recipe, tokenizer: Tokenizer, *, rank: int = 0, world: i
             contradict each other, or a step cannot be shared evenly; all that is wrong at once.
         ClipbenchError: A shard or a manifest cannot be read.
     """
-    if not recipe.data.sources:
-        raise UsageError(
-            "the recipe names no shards to train on",
-            '--set data.sources=\'[{"shards": "DIR"}]\', a folder that `clipbench label` wrote.',
-        )
     StepPlan(recipe, world)  # refuses before anything is read
-    sources = [open_source(source, recipe.data.workers, cache_folder()) for source in recipe.data.sources]
-    missing = [problem for source in sources for problem in _missing_labels(source, recipe)]
-    if missing:
-        problems, hints = zip(*missing, strict=True)
-        raise UsageError("\n".join(problems), "\n".join(dict.fromkeys(hints)))
+    sources = [open_source(found, recipe.data.workers, cache_folder()) for found in _find_sources(recipe)]
+    _check_labels(sources, recipe)
     experts = {task: _expert(task, sources, recipe) for task in recipe.tasks}
     _check_captions(sources, recipe)
     try:
@@ -163,7 +169,26 @@ def open_stream(recipe: Recipe, tokenizer: Tokenizer, *, rank: int = 0, world: i
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _missing_labels(source: OpenSource, recipe: Recipe) -> list[tuple[str, str]]:
+def _find_sources(recipe: Recipe) -> list[FoundSource]:
+    """Sources that have, by their manifests, all labels of the recipe."""
+    if not recipe.data.sources:
+        raise UsageError(
+            "the recipe names no shards to train on",
+            '--set data.sources=\'[{"shards": "DIR"}]\', a folder that `clipbench label` wrote.',
+        )
+    sources = [find_source(source) for source in recipe.data.sources]
+    _check_labels(sources, recipe)
+    return sources
+
+
+def _check_labels(sources: Sequence[FoundSource], recipe: Recipe) -> None:
+    missing = [problem for source in sources for problem in _missing_labels(source, recipe)]
+    if missing:
+        problems, hints = zip(*missing, strict=True)
+        raise UsageError("\n".join(problems), "\n".join(dict.fromkeys(hints)))
+
+
+def _missing_labels(source: FoundSource, recipe: Recipe) -> list[tuple[str, str]]:
     """(what is missing, the command that makes it)."""
     manifest = source.manifest
     wanted = [recipe.data.labels[task] for task in recipe.tasks]
@@ -172,11 +197,7 @@ def _missing_labels(source: OpenSource, recipe: Recipe) -> list[tuple[str, str]]
             return []
         what = f"{source.name} has no labels; the recipe asks for those of {', '.join(wanted)}"
         return [(what, _label_command(wanted, source.name, f"{_folder(source)}-labelled"))]
-    absent = [
-        name
-        for name in wanted
-        if name not in manifest.experts or not source.table.extensions.get(label_extension(name))
-    ]
+    absent = [name for name in wanted if not source.has_labels(name)]
     if not absent:
         return []
     what = f"{source.name} has no labels of {', '.join(absent)} (it has: {', '.join(manifest.experts) or 'none'})"
@@ -190,12 +211,12 @@ def _label_command(experts: Sequence[str], shards: str, output: str) -> str:
     return f"Make them: {shlex.join(command)}"
 
 
-def _folder(source: OpenSource) -> Path:
+def _folder(source: FoundSource) -> Path:
     path = Path(source.name)
     return path if path.is_dir() else path.parent
 
 
-def _expert(task: Task, sources: Sequence[OpenSource], recipe: Recipe) -> ExpertRecord:
+def _expert(task: Task, sources: Sequence[FoundSource], recipe: Recipe) -> ExpertRecord:
     """The one record of an expert; sources that mean different things by its labels cannot be mixed."""
     name = recipe.data.labels[task]
     records = [source.manifest.experts[name] for source in sources if source.manifest is not None]

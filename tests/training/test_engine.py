@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from clipbench import mmlab
 from clipbench.training.batch import Batch, LabelBatch
+from clipbench.training.gradients import clip, total_norm
 from clipbench.training.model import build_model
 from clipbench.training.recipe import Recipe
-from clipbench.training.sharding import clip, total_norm
 
 mmlab.setup()
 

@@ -114,12 +114,6 @@ def test_what_does_not_go_together(recipe: Recipe) -> None:
         Recipe.model_validate({**recipe.model_dump(), "sharding": "fsdp", "precision": "fp16"})
 
 
-def test_runs_from_before_there_was_sharding_have_the_same_recipe(recipe: Recipe) -> None:
-    assert "sharding" not in recipe.model_dump(mode="json")
-    sharded = recipe.model_copy(update={"sharding": "fsdp"})
-    assert Recipe.model_validate_json(sharded.model_dump_json()) == sharded
-
-
 def test_units_are_the_blocks_of_both_towers(recipe: Recipe) -> None:
     model = build_model(recipe, {"segmentation": 3})
     assert [type(part).__name__ for part in repeated_parts(model.clip)] == ["ResidualAttentionBlock"] * 3

@@ -73,6 +73,8 @@ def test_a_dry_run_of_a_cluster(clipbench, openmmlab, tiny, tmp_path):
     status, out, _ = clipbench(*tiny, "--data", data, *cluster)
     assert status == 0
     assert "2, of which 1 took part" in out
+    assert "sharded" not in out
+    assert "heads 0\n" in out
     assert "MiB a process (resident set" in out
     status, out, err = clipbench(*tiny, "--data", data, *cluster, "--json")
     found = json.loads(out)
@@ -82,9 +84,28 @@ def test_a_dry_run_of_a_cluster(clipbench, openmmlab, tiny, tmp_path):
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_says_over_how_many_processes_it_was_sharded(clipbench, openmmlab, tiny, tmp_path):
+    data = write_labelled(tmp_path / "labelled")
+    sharded = (*tiny, "--data", data, "--dry-run", "--set", "sharding=fsdp")
+    assert "1 process: sharding=fsdp does nothing" in clipbench(*sharded)[1]
+    _, out, _ = clipbench(*sharded, "--launcher", "slurm", "--nodes", "2")
+    assert "1 of 2 processes: memory is an upper bound" in out
+
+
+def test_small_parts_are_counted_in_thousands():
+    from clipbench.training.parts import counted
+
+    assert counted({"image tower": 86_192_640, "heads": 3_845, "text tower": 99}) == (
+        "image tower 86.2 M, heads 3.8 k, text tower 99"
+    )
+
+
 def test_from_data_to_a_probe_by_name(clipbench, openmmlab, tiny):
     assert clipbench("data", "toyworld", "data/toyworld", "--images", 12, "--size", 64)[0] == 0
     run = (*tiny, "--data", "data/toyworld/cc3m", "--register", "mine", "--name", "first")
+    elsewhere = ("--set", "steps=1", "--name", "second", "--registry", "my models.yaml")
+    out = clipbench(*run, *elsewhere)[1]
+    assert "Probe it: clipbench probe --backbone mine --registry 'my models.yaml' --task TASK" in out
     status, out, err = clipbench(*run)
     assert status == 0
     assert "run: runs/train/first" in err

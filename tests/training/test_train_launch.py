@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipbench.errors import UsageError
+from clipbench.errors import ClipbenchError, UsageError
 from clipbench.probing import launch as local
-from clipbench.probing.launch import ProcessFailedError, StoppedError
+from clipbench.probing.launch import ProcessError, ProcessFailedError, StoppedError
 from clipbench.training.recipe import Recipe
 
 
@@ -52,10 +53,44 @@ def test_of_several_failures_the_cause_is_named(launch):
     assert caught.value.exit_code == 3
 
 
-def test_a_refusal_has_been_said_by_the_processes(launch):
-    with pytest.raises(SystemExit) as caught:
-        launch("exit 2")
-    assert caught.value.code == 2
+def leaves(message, status, secondary):
+    """What a process does that meets an error."""
+    content = json.dumps([message, "a hint", status, secondary])
+    return f"echo '{content}' > $CLIPBENCH_ERRORS/$RANK; exit {status}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (leaves("another is gone", 1, True), leaves("out of memory", 1, False), "out of memory"),
+        (leaves("another is gone", 1, True), "exit 1", "process 1 ended with status 1"),  # with a traceback
+        (leaves("another is gone", 1, True), "kill -9 $$", "process 1 was killed by SIGKILL"),
+        (leaves("stopped at step 2 of 3", 130, True), leaves("stopped at step 2 of 3", 130, True), "stopped at step 2"),
+    ],
+    ids=("error", "bug", "killed", "stopped"),
+)
+def test_of_what_processes_met_one_error_is_left_the_cause(launch, first, second, shown):
+    with pytest.raises(ClipbenchError) as caught:
+        launch(f'[ "$RANK" = 0 ] && {{ {first}; }}; {second}')
+    assert caught.value.message.startswith(shown)
+    assert caught.value.exit_code == (130 if "stopped" in shown else 1)
+
+
+def test_processes_leave_what_they_would_have_shown(launch, capfd):
+    """The real command, twice: neither prints, and what is raised is as if it had been typed for one process."""
+    with pytest.raises(ProcessError, match="unknown") as caught:
+        launch(f"exec {sys.executable} -m clipbench show no-such-thing --json")
+    assert caught.value.exit_code == 2
+    assert caught.value.hint
+    assert capfd.readouterr() == ("", "")
+    assert "CLIPBENCH_ERRORS" not in os.environ
+
+
+def test_a_stopped_run_says_where_it_stopped(launch):
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(StoppedError, match="stopped at step 2 of 3") as caught:
+        launch(f"stop() {{ {leaves('stopped at step 2 of 3', 130, True)}; }}; trap stop TERM; sleep 9 & wait")
+    assert caught.value.exit_code == 128 + signal.SIGTERM
 
 
 def test_processes_have_as_long_to_save_as_they_are_promised(launch, monkeypatch):
@@ -76,6 +111,13 @@ def test_processes_have_as_long_to_save_as_they_are_promised(launch, monkeypatch
 def test_the_script_warns_as_early_as_processes_have_to_save():
     script = (Path(__file__).parents[2] / "train/slurm_8x8_a100.sh").read_text()
     assert f"#SBATCH --signal=B:TERM@{local.SAVING}\n" in script
+
+
+def test_the_script_logs_to_a_folder_that_is_there():
+    """sbatch makes none, and the job would end at once without a word."""
+    script = (Path(__file__).parents[2] / "train/slurm_8x8_a100.sh").read_text()
+    (log,) = (line.partition("=")[2] for line in script.splitlines() if line.startswith("#SBATCH --output="))
+    assert "/" not in log
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------------------

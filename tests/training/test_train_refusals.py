@@ -177,10 +177,42 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(recipe, capsys
         "evaluate.toy-cls: toyworld",
     ):
         assert part in caught.value.message
-    assert "pip install 'clipbench[wandb]'" in caught.value.hint
-    assert "toy-zeroshot" in caught.value.hint
+    lines = caught.value.message.splitlines()
+    for problem, hint in (("--logger wandb", "pip install 'clipbench[wandb]'"), ("unknown task", "toy-zeroshot")):
+        (number,) = (number for number, line in enumerate(lines) if line.startswith(problem))
+        assert hint in lines[number + 1]  # right below what it is about
+    assert "CLIPBENCH_DATA" in lines[-1]
+    assert "--data-root" not in caught.value.message  # which `clipbench train` does not have
     assert not Path("runs").exists()
     assert capsys.readouterr().err == ""
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_shards_are_read(recipe, monkeypatch):
+    monkeypatch.setattr("clipbench.training.stream.open_source", lambda *_: pytest.fail("minutes at CC3M's size"))
+    resolution = recipe.resolution.model_copy(update={"size": 36})  # patches of 8
+    with pytest.raises(UsageError, match="36"):
+        train(recipe.model_copy(update={"resolution": resolution}), "one")
+    data = recipe.data.model_copy(update={"labels": {"normals": "omnidata"}})
+    with pytest.raises(UsageError, match="has no labels of omnidata"):
+        train(recipe.model_copy(update={"data": data}), "one")
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (1, "nothing was saved yet"),
+        (4, "stopped at once; steps since the last checkpoint are lost"),  # which is of step 2
+    ],
+)
+def test_a_second_ctrl_c_says_truly_what_is_saved(recipe, monkeypatch, step, said):
+    def twice(_):
+        raise KeyboardInterrupt  # as the loop's handler does at the second one
+
+    at_step(monkeypatch, lambda number: number == step, twice)
+    with pytest.raises(InterruptedRunError, match=said) as caught:
+        train(recipe, "one")
+    assert Path("runs/one/checkpoint.pth").exists() == (step == 4)
+    assert "--resume" in caught.value.hint
 
 
 def test_a_label_that_is_missing_is_refused_before_anything_is_written(recipe, capsys):

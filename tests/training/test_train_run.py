@@ -132,6 +132,7 @@ def test_numbers_of_a_line_are_means_of_its_steps_but_for_rates_and_measured_nor
 
 
 def test_a_run_leaves_the_files_that_are_documented_and_no_others(recipe):
+    Path("runs/one/snapshot").mkdir(parents=True)  # of a probe
     train(recipe, "one")
     found = {path.name for path in Path("runs/one").iterdir()}
     assert found == {"run.json", "checkpoint.pth", "log.txt", "vis_data", "export"}
@@ -182,6 +183,47 @@ def test_bad_steps_are_left_out_and_counted(recipe, monkeypatch, act, reason):
     result = train(recipe.model_copy(update={"bad_steps": 3}), "one")
     assert result.skipped == {reason: 3}
     assert steps == [True, False, False, True, False, True]
+
+
+def test_steps_that_are_left_out_count_in_no_mean(recipe, monkeypatch):
+    losses = []
+    real = engine_module.TrainEngine.train_step
+
+    def step(self, data, optim_wrapper):
+        losses.append(real(self, data, optim_wrapper)["loss"])
+        return {"loss": losses[-1], "gradient_norm_depth": float(len(losses))}
+
+    monkeypatch.setattr(engine_module.TrainEngine, "train_step", step)
+    at_step(monkeypatch, lambda step: step in (2, 5, 6), spoil)
+    result = train(recipe, "one")
+    lines = [json.loads(line) for line in Path("runs/one/vis_data/scalars.json").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(losses[0])
+    assert lines[1]["loss"] == pytest.approx(np.mean(losses[2:4]))
+    assert np.isnan(lines[2]["loss"])  # there was none
+    assert [line["gradient_norm_depth"] for line in lines] == [2, 4, 6]  # measured once a line
+    assert result.losses == {}
+
+
+def test_a_checkpoint_that_is_due_at_a_bad_step_is_written_at_the_next_good_one(recipe, monkeypatch):
+    saved = []
+    monkeypatch.setattr(runner_module.TrainRunner, "save_progress", lambda self, done: saved.append(done))
+    at_step(monkeypatch, lambda step: step in (3, 4), spoil)
+    train(recipe.model_copy(update={"checkpoint_interval": 3}), "one")
+    assert saved == [5, 6]
+
+
+def test_seconds_are_those_of_the_steps(recipe, monkeypatch):
+    real = runner_module.TrainRunner.save_progress
+
+    def slow(self, steps_done):
+        time.sleep(0.5)
+        real(self, steps_done)
+
+    monkeypatch.setattr(runner_module.TrainRunner, "save_progress", slow)
+    result = train(recipe.model_copy(update={"log_interval": 1}), "one")
+    lines = [json.loads(line) for line in Path("runs/one/vis_data/scalars.json").read_text().splitlines()]
+    assert result.seconds == pytest.approx(sum(line["time"] for line in lines))
+    assert json.loads((result.folder / "clipbench.json").read_text())["seconds"] == result.seconds
 
 
 def test_a_gradient_that_is_not_finite_is_left_out(recipe, monkeypatch):

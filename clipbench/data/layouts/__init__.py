@@ -5,7 +5,16 @@ A new data set is a new subclass of `Layout` in `LAYOUTS`; `check.py`, `roots.py
 
 from __future__ import annotations
 
-from clipbench.data.layouts.base import Fault, Layout, Problem, Sample, Split, UnreadableError, missing_error
+from clipbench.data.layouts.base import (
+    Fault,
+    Layout,
+    MissingDataError,
+    Problem,
+    Sample,
+    Split,
+    UnreadableError,
+    missing_error,
+)
 from clipbench.data.layouts.captions import CocoKarpathy, Flickr30k
 from clipbench.data.layouts.clip_benchmark import ClipBenchmark
 from clipbench.data.layouts.coco import COCO
@@ -33,6 +42,7 @@ __all__ = [
     "ImageNet",
     "ImageTextShards",
     "Layout",
+    "MissingDataError",
     "NYUv2",
     "NYUv2Labeled",
     "PascalContext",

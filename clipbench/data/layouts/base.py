@@ -186,17 +186,38 @@ def read_text(file: Path) -> str:
         raise UnreadableError("list", file, "it is not text in UTF-8") from error
 
 
+class MissingDataError(ClipbenchError):
+    """A data set is not there, or only in part.
+
+    Args:
+        message: What is missing, and where it was looked for.
+        hint: How to get it, and where to put it.
+        hint_without_option: The same for commands that have no --data-root.
+    """
+
+    def __init__(self, message: str, hint: str = "", hint_without_option: str = "") -> None:
+        super().__init__(message, hint)
+        self.hint_without_option = hint_without_option
+
+
 def missing_error(
     layout: Layout, where: list[Path], what: list[str], how_to_get: str = "", folder: str | None = None
-) -> ClipbenchError:
+) -> MissingDataError:
     """The error for a data set that is not there, or only in part; `folder` of its entry wins over the layout's own."""
     looked = "\n".join(f"  looked in {path}" for path in where)
     listed = "\n".join(f"  {line}" for line in what)
-    hint = (
-        f"{how_to_get or layout.how_to_get}\n"
-        f"Then give its folder with --data-root, set `root:` in registry.yaml, or put it at "
-        f"$CLIPBENCH_DATA/{folder or layout.folder}.\n"
+
+    def hint(option: str) -> str:
+        lines = [
+            how_to_get or layout.how_to_get,
+            f"Then {option}set `root:` in registry.yaml, or put it at $CLIPBENCH_DATA/{folder or layout.folder}.",
+        ]
+        if layout.name != "toyworld":
+            lines.append("To try things out without it: clipbench data toyworld data/toyworld")
+        return "\n".join(lines)
+
+    return MissingDataError(
+        f"{layout.title} is not complete:\n{listed}\n{looked}",
+        hint("give its folder with --data-root, "),
+        hint(""),
     )
-    if layout.name != "toyworld":
-        hint += "To try things out without it: clipbench data toyworld data/toyworld"
-    return ClipbenchError(f"{layout.title} is not complete:\n{listed}\n{looked}", hint.rstrip())
