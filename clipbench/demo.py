@@ -246,6 +246,7 @@ class _Demo:
                         data_root=self.folder / "toyworld",
                         steps=self.scale.probe_steps,
                         image_size=self.scale.size,
+                        overrides={"runtime.workers": 0},  # so few small images are not worth processes of their own
                         seed=self.seed,
                         results=self.folder / "results",
                         registry=self.registry,
