@@ -205,6 +205,7 @@ class _Demo:
         Returns:
             Folder of the export.
         """
+        from clipbench.training.export import register_export
         from clipbench.training.recipes import find_recipe, load_recipe
         from clipbench.training.run import train
 
@@ -224,7 +225,9 @@ class _Demo:
             },
         )
         run = self.folder / "train" / f"{name}-seed{self.seed}"
-        return train(loaded, run, self.screen, resume=True, register=name, registry=self.registry).folder
+        folder = train(loaded, run, self.screen, resume=True).folder
+        register_export(name, folder, self.registry, replace=True)  # with another seed there is one already
+        return folder
 
     def probe(self) -> DemoResult:
         """All four backbones on all tasks."""

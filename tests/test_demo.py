@@ -81,6 +81,18 @@ def test_a_second_call_trains_nothing_again(demo: DemoResult) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_another_seed_takes_the_names_over(demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clipbench import demo as module
+
+    monkeypatch.setattr(module._Demo, "probe", lambda self: self.registry)
+    registry = run_demo(demo.registry.parent, Screen(silent=True), seed=4, scale=TINY)
+    source = YAML(typ="safe").load(registry)["backbones"][CLIPTEX]["source"]
+    assert source.endswith(f"train/{CLIPTEX}-seed4/export")
+    run_demo(demo.registry.parent, Screen(silent=True), seed=3, scale=TINY)
+    source = YAML(typ="safe").load(registry)["backbones"][CLIPTEX]["source"]
+    assert source.endswith(f"train/{CLIPTEX}-seed3/export")
+
+
 def test_better_follows_the_direction_of_the_metric(demo: DemoResult) -> None:
     def shifted(record: Record, by: float) -> Record:
         name = record.metric.name
