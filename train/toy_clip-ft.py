@@ -4,7 +4,8 @@
 
 Goes on from `toy_clip` (--start for another model) with the very data, steps, order, captions and crops of
 `toy_cliptex`, which differs in `data.labels` and in nothing else.
-Time and score of this very recipe: not measured; `make effect` measures smaller ones. Scores on toyworld say nothing about real images. Every number is our own choice.
+Time and score of this very recipe: not measured; `make effect` measures smaller ones.
+Scores on toyworld say nothing about real images. Every number is our own choice.
 """
 
 # --- knobs ------------------------------------------------------------------------------------------------------------

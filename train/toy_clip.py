@@ -5,7 +5,8 @@
 
 Trains a ViT of 2.8 M parameters and a small text tower on images and noisy captions, by the contrastive loss alone.
 `toy_clip-ft` and `toy_cliptex` go on from it.
-Time and score of this very recipe: not measured; `make effect` measures smaller ones. Scores on toyworld say nothing about real images. Every number is our own choice.
+Time and score of this very recipe: not measured; `make effect` measures smaller ones.
+Scores on toyworld say nothing about real images. Every number is our own choice.
 """
 
 # --- knobs ------------------------------------------------------------------------------------------------------------

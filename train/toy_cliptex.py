@@ -6,8 +6,9 @@
 
 Goes on from `toy_clip` (--start for another model). The heads are thrown away at the end. The control is
 `toy_clip-ft`. An expert alone: --set "data.labels={'depth': 'toy-depth-expert'}".
-Time and score of this very recipe: not measured; `make effect` measures smaller ones. Scores on toyworld say nothing about real images. The weights of the losses are the
-paper's, every other number is our own choice.
+Time and score of this very recipe: not measured; `make effect` measures smaller ones.
+Scores on toyworld say nothing about real images. The weights of the losses are the paper's, every other number is our
+own choice.
 """
 
 # --- knobs ------------------------------------------------------------------------------------------------------------
